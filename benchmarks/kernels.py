@@ -1,0 +1,146 @@
+"""Times the update rules against the memory's bandwidth and, where it is there, against torch.
+
+Everything in one row is measured in one process, interleaved; medians are compared, never best
+cases. ``python -m benchmarks.kernels [--quick] [--json FILE]``; torch is used if it can be
+imported.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.floors import seconds, spread, touching
+from kernels import cpu
+from kernels.pool import Pool
+from kernels.registry import RULES
+
+HYPER: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "dampening": 0, "nesterov": False},
+    "momentum": {"beta": 0.9},
+    "adagrad": {"lr_decay": 0, "initial_accumulator_value": 0, "eps": 1e-10},
+    "rmsprop": {
+        "alpha": 0.99,
+        "eps": 1e-8,
+        "eps_inside_sqrt": True,
+        "momentum": 0,
+        "centered": False,
+    },
+    "adadelta": {"rho": 0.9, "eps": 1e-6},
+    "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+}
+TORCH = {
+    "sgd": ("SGD", {"momentum": 0.9}), "adagrad": ("Adagrad", {}), "rmsprop": ("RMSprop", {}),
+    "adadelta": ("Adadelta", {}), "adam": ("Adam", {}), "adamw": ("AdamW", {}),
+}  # fmt: skip
+FUSED = {"sgd", "adagrad", "adam", "adamw"}
+LR = 1e-3
+
+
+def ours(rule: str, size: int, pool: Pool) -> Callable[[], object]:
+    """One update in place by our loop; alone below the size from which the pool helps."""
+    hyper = {"weight_decay": 0, "maximize": False, **HYPER[rule]}
+    run = cpu.kernel(RULES[rule].variant(hyper), "F32", "F32")
+    h = np.array(RULES[rule].coefficients(hyper, 10, LR), np.float32)
+    rng = np.random.default_rng(0)
+    p, g = (rng.standard_normal(size, np.float32) for _ in range(2))
+    slots = tuple(np.full(size, 0.1, np.float32) for _ in RULES[rule].slots(hyper))
+    if len(cpu.chunks(0, size)) == 1:
+        return lambda: run(p, p, g, slots, h, 0, size)
+    return lambda: pool.run(spread(lambda lo, hi: run(p, p, g, slots, h, lo, hi), size))
+
+
+def theirs(rule: str, size: int, threads: int) -> Callable[[], object] | None:
+    """One update by torch's own optimizer, fused where torch has that; None without torch."""
+    if rule not in TORCH or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    torch.set_num_threads(threads)
+    name, options = TORCH[rule]
+    p = torch.nn.Parameter(torch.ones(size))
+    p.grad = torch.full((size,), 0.5)
+    form = {"fused": True} if rule in FUSED else {"foreach": False}
+    optimizer = getattr(torch.optim, name)([p], lr=LR, **form, **options)
+    return lambda: optimizer.step()
+
+
+def measure(calls: dict[str, Callable[[], object]], samples: int, repeat: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turn."""
+    for call in calls.values():
+        seconds(call, max(1, repeat // 4))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(samples):
+        for name, call in calls.items():
+            found[name].append(seconds(call, repeat))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def row(rule: str, size: int, threads: int, samples: int) -> dict[str, Any]:
+    """Measures one rule at one size; ratios above 1 mean that ours is faster."""
+    pool = Pool(threads)
+    try:
+        calls = {"ours": ours(rule, size, pool)}
+        if rule in ("adam", "adamw"):  # the floor moves exactly their bytes
+            calls["floor"] = touching(size, pool)
+        if (torch := theirs(rule, size, threads)) is not None:
+            calls["torch"] = torch
+        found = measure(calls, samples, max(1, min(2000, 2_000_000 // size)))
+    finally:
+        pool.close()
+    result: dict[str, Any] = {"rule": rule, "size": size, "threads": threads}
+    result.update({f"{name}_us": value * 1e6 for name, value in found.items()})
+    for name in ("floor", "torch"):
+        if name in found:
+            result[f"vs_{name}"] = found[name] / found["ours"]
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints a row."""
+    text = f"{result['rule']:9} {result['size']:>11,} x{result['threads']}"
+    for name in ("ours", "floor", "torch"):
+        if f"{name}_us" in result:
+            text += f"  {name} {result[f'{name}_us']:>11,.2f} us"
+    for name in ("floor", "torch"):
+        if f"vs_{name}" in result:
+            text += f"  {name}/ours {result[f'vs_{name}']:.2f}"
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Measures every rule at every size and prints the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="Adam at 1 k, 1 M and 10 M only")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    parser.add_argument("--rules", nargs="*", choices=sorted(HYPER))
+    parser.add_argument("--sizes", nargs="*", type=int)
+    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--samples", type=int, default=9)
+    args = parser.parse_args()
+    rules = args.rules or (["adam"] if args.quick else list(HYPER))
+    sizes = args.sizes or (
+        [1000, 1_000_000, 10_000_000]
+        if args.quick
+        else [1000, 100_000, 1_000_000, 10_000_000, 50_000_000]
+    )
+    rows = []
+    for rule in rules:
+        for size in sizes:
+            for threads in args.threads if size >= cpu.ALONE else args.threads[:1]:
+                rows.append(row(rule, size, threads, args.samples))
+                show(rows[-1])
+    if args.json:
+        about = {"machine": platform.machine(), "python": platform.python_version(), "rows": rows}
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(about, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

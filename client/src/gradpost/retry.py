@@ -1,0 +1,100 @@
+"""Sending the same bytes again, until an answer settles what they did."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from gradpost.errors import DeadlineExceeded, GradpostError, RefusedError
+
+T = TypeVar("T")
+
+
+class Attempt(NamedTuple):
+    """What `on_retry` is told: retries so far, the failure, and seconds until the next try."""
+
+    count: int
+    error: GradpostError
+    delay_s: float
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long to try, and how to wait in between.
+
+    Attributes:
+        deadline_s: Seconds for one call with all its retries.
+        attempt_s: Seconds that one attempt may wait for the network.
+        base_s: The first wait, before jitter; doubles each time.
+        cap_s: The longest wait, before jitter, unless the server asks for more.
+        on_retry: Told before each wait.
+        sleep: For tests.
+        clock: For tests; seconds, monotonic.
+    """
+
+    deadline_s: float = 120.0
+    attempt_s: float = 60.0
+    base_s: float = 0.05
+    cap_s: float = 5.0
+    on_retry: Callable[[Attempt], None] | None = None
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+
+class Retrier:
+    """Runs attempts under a policy; jitter comes from a seed.
+
+    Args:
+        policy: The times.
+        seed: Of the jitter; None: from the system.
+    """
+
+    def __init__(self, policy: RetryPolicy, seed: int | None = None) -> None:
+        self.policy = policy
+        self.retries = 0
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def run(self, attempt: Callable[[float], T], *, final: tuple[str, ...] = ()) -> T:
+        """Calls `attempt(timeout_s)` until it returns.
+
+        Args:
+            attempt: Sends the same bytes each time.
+            final: Slugs of refusals to raise at once although they are retryable.
+
+        Raises:
+            DeadlineExceeded: The time is used up.
+            GradpostError: A failure that no retry mends.
+        """
+        policy = self.policy
+        end = policy.clock() + policy.deadline_s
+        count = 0
+        while True:
+            left = end - policy.clock()
+            try:
+                return attempt(max(min(left, policy.attempt_s), 0.001))
+            except GradpostError as error:
+                if not error.retryable or getattr(error, "slug", "") in final:
+                    raise
+                delay = self._delay(count, error)
+                if policy.clock() + delay >= end:
+                    raise DeadlineExceeded(
+                        f"No answer after {count + 1} tries in {policy.deadline_s} s: {error}",
+                        error,
+                    ) from error
+                count += 1
+                with self._lock:
+                    self.retries += 1
+                if policy.on_retry is not None:
+                    policy.on_retry(Attempt(count, error, delay))
+                policy.sleep(delay)
+
+    def _delay(self, count: int, error: GradpostError) -> float:
+        """Seconds to wait: half of the backoff and a random half; no less than Retry-After."""
+        backoff = min(self.policy.cap_s, self.policy.base_s * 2.0 ** min(count, 30))
+        with self._lock:
+            delay = backoff * (0.5 + 0.5 * self._random.random())
+        asked = error.retry_after_s if isinstance(error, RefusedError) else None
+        return delay if asked is None else asked + delay

@@ -1,0 +1,181 @@
+"""From versions to answers: JSON for people, views of the arena for machines."""
+
+import hashlib
+import json as plain_json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from fastapi import Request, Response
+from gradpost.protocol import EPOCH, JSON, SAFETENSORS, STEP, SUMMARY, VERSION
+from gradpost.protocol.dtypes import DTYPES, NUMPY
+from gradpost.protocol.tensors import build_header
+from gradpost.protocol.versions import etag
+
+from service.answers import TensorAnswer
+from service.errors import InvalidRequest, NotAcceptable
+from service.sessions.layout import Entry
+from service.sessions.session import Outcome, Session
+from service.sessions.versions import Version
+from service.wire import json, raw, safetensors
+from service.wire.fit import select
+from service.wire.media import Media
+
+DTYPE_CHOICES = (*DTYPES, "model")
+
+
+class Wanted(NamedTuple):
+    """Which parameters an answer carries, and how."""
+
+    media: Media
+    names: tuple[str, ...] | None
+    dtype: str | None
+
+    @property
+    def representation(self) -> str:
+        """The last part of the ETag: differs whenever the bytes would."""
+        mark = f"{self.media.kind}.{self.dtype or self.media.dtype or 'master'}"
+        if self.names is None:
+            return mark
+        names = "\0".join(sorted(set(self.names)))
+        return f"{mark}.{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def wanted(media: Media, names: tuple[str, ...] | None, dtype: str | None) -> Wanted:
+    """Checks what was asked for against itself.
+
+    Raises:
+        InvalidRequest: An unknown dtype.
+        NotAcceptable: JSON in another dtype than the session's, or a raw body of `model`.
+    """
+    if dtype is not None and dtype not in DTYPE_CHOICES:
+        raise InvalidRequest(
+            f"dtype {dtype[:40]!r} is not known; ask for one of {', '.join(DTYPE_CHOICES)}.",
+            errors=[{"field": "dtype", "message": f"One of {', '.join(DTYPE_CHOICES)}."}],
+        )
+    if media.kind == "raw" and "model" in (dtype, media.dtype):
+        raise NotAcceptable(
+            f"A raw body has one dtype; ask for dtype=model as {SAFETENSORS}.",
+            available=[SAFETENSORS],
+        )
+    return Wanted(media, names, dtype)
+
+
+def summary_answer(session: Session, outcome: Outcome) -> Response:
+    """The JSON answer to a push without parameters."""
+    summary = outcome.summary.answer(replayed=outcome.replayed)
+    return Response(
+        plain_json.dumps(summary),
+        headers={
+            **_numbers(outcome.summary.epoch, outcome.summary.version, outcome.summary.step),
+            "Content-Type": JSON,
+        },
+    )
+
+
+async def params_answer(
+    session: Session, version: Version, want: Wanted, summary: dict[str, Any] | None
+) -> Response:
+    """The parameters of a held version; gives the version back when its bytes have left.
+
+    Args:
+        summary: What the push did, where this answers one.
+    """
+    try:
+        answer = await _rendered(session, version, want, summary)
+    except BaseException:
+        session.release(version)
+        raise
+    if not isinstance(answer, TensorAnswer):
+        session.release(version)
+    return answer
+
+
+async def _rendered(
+    session: Session, version: Version, want: Wanted, summary: dict[str, Any] | None
+) -> Response:
+    layout = session.ready.layout
+    entries = select(layout, want.names)
+    headers = {
+        **_numbers(version.epoch, version.number, version.step),
+        "ETag": etag(version.epoch, version.number, want.representation),
+        "Vary": "Accept, Prefer",
+        "Cache-Control": "no-cache",
+    }
+    if summary is not None:
+        headers[SUMMARY] = plain_json.dumps(summary, separators=(",", ":"))
+    master = session.spec.dtype
+    asked = want.dtype or want.media.dtype or master
+    if want.media.kind == "json":
+        return await _as_json(session, version, entries, asked, headers, summary)
+    if want.media.kind == "raw":
+        headers["Content-Type"] = Media("raw", asked).content_type
+    else:
+        headers["Content-Type"] = SAFETENSORS
+    facts = _facts(version, summary)
+    done = partial(session.release, version)
+    if asked == master:
+        if want.media.kind == "raw":
+            return TensorAnswer(raw.parts(layout, version.flat, want.names), 200, headers, done)
+        body = safetensors.parts(layout, version.flat, master, want.names, facts)
+        return TensorAnswer(body, 200, headers, done)
+    dtypes = [entry.dtype if asked == "model" else asked for entry in entries]
+    packed = await session.converted(version, entries, dtypes)
+    parts: list[memoryview | bytes] = [packed.data]
+    if want.media.kind == "safetensors":
+        rows = ((e.name, d, e.shape) for e, d in zip(entries, dtypes, strict=True))
+        parts.insert(0, build_header(rows, facts))
+    return TensorAnswer(parts, 200, headers, done)
+
+
+async def _as_json(
+    session: Session,
+    version: Version,
+    entries: Sequence[Entry],
+    asked: str,
+    headers: dict[str, str],
+    summary: dict[str, Any] | None,
+) -> Response:
+    master = session.spec.dtype
+    if asked == master:
+        pieces = [(e.name, e.shape, version.flat[e.offset : e.offset + e.size]) for e in entries]
+        rendered = json.render_tensors(pieces)
+    else:
+        dtypes = [entry.dtype if asked == "model" else asked for entry in entries]
+        packed = await session.converted(version, entries, dtypes)
+        pieces, at = [], 0
+        for entry, dtype in zip(entries, dtypes, strict=True):
+            end = at + entry.size * DTYPES[dtype]
+            pieces.append((entry.name, entry.shape, packed[at:end].copy().view(NUMPY[dtype])))
+            at = end
+        rendered = json.render_tensors(pieces)
+    numbers = {"epoch": version.epoch, "version": version.number, "step": version.step}
+    head = plain_json.dumps(numbers if summary is None else summary)[:-1]
+    return Response(
+        head.encode() + b', "params": ' + rendered + b"}",
+        headers={**headers, "Content-Type": JSON},
+    )
+
+
+def _facts(version: Version, summary: dict[str, Any] | None) -> dict[str, str]:
+    facts = {
+        "epoch": str(version.epoch),
+        "version": str(version.number),
+        "step": str(version.step),
+    }
+    if summary is not None:
+        facts["summary"] = plain_json.dumps(summary, separators=(",", ":"))
+    return facts
+
+
+def _numbers(epoch: int, version: int, step: int) -> dict[str, str]:
+    return {EPOCH: str(epoch), VERSION: str(version), STEP: str(step)}
+
+
+def not_modified(request: Request, tag: str) -> bool:
+    """Whether If-None-Match names this tag (or `*`)."""
+    value = request.headers.get("if-none-match")
+    if value is None:
+        return False
+    tags = [item.strip().removeprefix("W/") for item in value.split(",")]
+    return tag in tags or "*" in tags

@@ -1,0 +1,219 @@
+"""From the body of a request to arrays: which form it has, how long it may be, where it goes."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from fastapi import Request
+from gradpost.protocol import MAX_HEADER_BYTES, SAFETENSORS
+from gradpost.protocol.dtypes import DTYPES, NUMPY
+
+from service.connection import body as stream
+from service.errors import InvalidRequest, TensorMismatch, UnsupportedMediaType
+from service.limits import Budget
+from service.schemas import PushControl, parse_control
+from service.sessions.session import Arena, Gradient, Session, Tensor
+from service.wire import body, json, media, raw, safetensors
+
+
+class Upload(NamedTuple):
+    """Tensors of a body, its metadata, and the bytes of the budget that they take."""
+
+    tensors: list[Tensor]
+    facts: Mapping[str, Any]
+    reserved: int
+
+
+async def document(request: Request) -> Any:
+    """Reads a JSON body within the limit for JSON."""
+    media.check_encoding(request.headers.get("content-encoding"))
+    kind = media.parse_content_type(request.headers.get("content-type")).kind
+    if kind != "json":
+        raise UnsupportedMediaType(
+            "This call takes application/json.", accepted=["application/json"]
+        )
+    return await _json(request)
+
+
+async def _json(request: Request) -> Any:
+    limit = request.app.state.settings.json_bytes
+    length = body.content_length(request.headers.get("content-length"), limit)
+    return json.loads(await body.collect(stream(request), length, limit))
+
+
+async def fields(request: Request, known: tuple[str, ...]) -> dict[str, Any]:
+    """Reads a JSON object and refuses members that are not known."""
+    found = await _json(request)
+    return checked_fields(found, known)
+
+
+def checked_fields(found: Any, known: tuple[str, ...]) -> dict[str, Any]:
+    """The object, if all its members are known.
+
+    Raises:
+        InvalidRequest: Not an object, or a member nobody reads.
+    """
+    if not isinstance(found, dict):
+        raise InvalidRequest(
+            f"The body must be a JSON object with {', '.join(known)}.",
+            errors=[{"field": "", "message": "Send an object."}],
+        )
+    unknown = sorted(found.keys() - set(known))
+    if unknown:
+        raise InvalidRequest(
+            f"Unknown member {unknown[0][:80]!r}; this body may have {', '.join(known)}.",
+            errors=[{"field": name[:80], "message": "Not known here."} for name in unknown[:20]],
+        )
+    return found
+
+
+async def gradient(request: Request, session: Session, query: dict[str, str]) -> Gradient:
+    """Reads a push into one gradient buffer, in layout order, in its wire dtype.
+
+    What can be refused by the head of the request is refused before the body is read.
+    """
+    media.check_encoding(request.headers.get("content-encoding"))
+    form = media.parse_content_type(request.headers.get("content-type"))
+    if form.kind == "json":
+        return await _json_gradient(request, session, query)
+    control = parse_control(query, text=True)
+    session.precheck(control)
+    arena = session.ready
+    return await _streamed(request, session, arena, control, form)
+
+
+async def _streamed(
+    request: Request, session: Session, arena: Arena, control: PushControl, form: media.Media
+) -> Gradient:
+    master = session.spec.dtype
+    length = body.content_length(
+        request.headers.get("content-length"), body.largest_push(arena.layout, master)
+    )
+    taken: list[np.ndarray[Any, Any]] = []
+
+    def acquire(dtype: str) -> np.ndarray[Any, Any]:
+        taken.append(arena.gradients.acquire())
+        return taken[0][: arena.size * DTYPES[dtype]]
+
+    def release() -> None:
+        while taken:
+            arena.gradients.release(taken.pop())
+
+    try:
+        if form.kind == "raw":
+            assert form.dtype is not None
+            reader: raw.RawReader | safetensors.SafetensorsReader = raw.raw_reader(
+                arena.layout, form.dtype, master, length, acquire
+            )
+        else:
+            reader = safetensors.grads_reader(arena.layout, master, length, acquire)
+        await body.receive(stream(request), length, reader)
+    except BaseException:
+        release()
+        raise
+    dtype = reader.dtype
+    assert dtype is not None
+    flat = taken[0][: arena.size * DTYPES[dtype]].view(NUMPY[dtype])
+    return Gradient(flat, dtype, control, release)
+
+
+async def _json_gradient(request: Request, session: Session, query: dict[str, str]) -> Gradient:
+    if query:
+        raise InvalidRequest(
+            f"A JSON push carries {', '.join(sorted(query))[:200]} in its body, not in the query.",
+            errors=[{"field": name[:80], "message": "Put it in the body."} for name in query],
+        )
+    session.check_alive()
+    found = await _json(request)
+    if not isinstance(found, dict) or "grads" not in found:
+        raise InvalidRequest(
+            'A JSON push is an object with "grads": {name: nested lists}.',
+            errors=[{"field": "grads", "message": "Missing."}],
+        )
+    control = parse_control({k: v for k, v in found.items() if k != "grads"}, text=False)
+    session.precheck(control)
+    arena = session.ready
+    master = session.spec.dtype
+    limit = request.app.state.settings.json_elements
+    came = json.tensors(found["grads"], master, limit)
+    if not came:
+        raise TensorMismatch("The push holds no tensors; send every tensor of the session.")
+    buffer = arena.gradients.acquire()
+
+    def release() -> None:
+        arena.gradients.release(buffer)
+
+    flat = buffer[: arena.size * DTYPES[master]].view(NUMPY[master])
+    try:
+        json.fill(arena.layout, came, flat)
+    except BaseException:
+        release()
+        raise
+    return Gradient(flat, master, control, release)
+
+
+async def upload(request: Request, session: Session, member: str, known: tuple[str, ...]) -> Upload:
+    """Reads parameters or state: from JSON under `member`, from safetensors as they are, or raw."""
+    media.check_encoding(request.headers.get("content-encoding"))
+    form = media.parse_content_type(request.headers.get("content-type"))
+    settings = request.app.state.settings
+    if form.kind == "json":
+        facts = await fields(request, (member, *known))
+        return Upload(
+            inline(facts.pop(member, None), session.spec.dtype, settings.json_elements), facts, 0
+        )
+    budget: Budget = request.app.state.budget
+    limit = settings.memory_bytes + 8 + MAX_HEADER_BYTES
+    length = body.content_length(request.headers.get("content-length"), limit)
+    budget.reserve(length)  # 507 before anything is allocated
+    try:
+        if form.kind == "raw":
+            return await _raw_upload(request, session, form, length)
+        reader = safetensors.tensors_reader(length, lambda n: np.empty(n, np.uint8))
+        await body.receive(stream(request), length, reader)
+    except BaseException:
+        budget.release(length)
+        raise
+    tensors: list[Tensor] = [
+        (t.name, t.dtype, t.shape, _aligned(reader.data[t.begin : t.end], t.dtype))
+        for t in reader.header.tensors
+    ]
+    return Upload(tensors, reader.metadata, length)
+
+
+def inline(found: Any, master: str, limit: int) -> list[Tensor]:
+    """Tensors out of nested lists, in the master dtype."""
+    return [
+        (name, master, shape, np.asarray(flat, NUMPY[master]))
+        for name, shape, flat in json.tensors(found, master, limit)
+    ]
+
+
+async def _raw_upload(request: Request, session: Session, form: media.Media, length: int) -> Upload:
+    arena = session.arena
+    if arena is None:
+        raise UnsupportedMediaType(
+            f"The first upload names the tensors; send it as {SAFETENSORS} or JSON.",
+            accepted=[SAFETENSORS, "application/json"],
+        )
+    assert form.dtype is not None
+    whole = np.empty(length, np.uint8)
+    # A parameter upload may be wider than the master dtype: it is rounded, as safetensors is.
+    reader = raw.raw_reader(arena.layout, form.dtype, "F64", length, lambda _: whole)
+    await body.receive(stream(request), length, reader)
+    flat = whole.view(NUMPY[form.dtype])
+    return Upload(
+        [
+            (e.name, form.dtype, e.shape, flat[e.offset : e.offset + e.size])
+            for e in arena.layout.entries
+        ],
+        {},
+        length,
+    )
+
+
+def _aligned(data: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """The values of one tensor; copied only where mixed dtypes left them off their alignment."""
+    if data.ctypes.data % DTYPES[dtype]:
+        data = data.copy()
+    return data.view(NUMPY[dtype])

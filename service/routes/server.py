@@ -1,0 +1,41 @@
+"""What this server is and what it bounds."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from gradpost.protocol import JSON, OCTET, SAFETENSORS
+from kernels.registry import RULES
+from starlette.responses import JSONResponse
+
+from service.limits import table
+
+router = APIRouter(tags=["server"])
+
+VERSION = "0.1.0"  # the version in pyproject.toml; a test compares
+MASTER_DTYPES = ("F32", "F64")
+GRADIENT_DTYPES = ("F64", "F32", "F16", "BF16")
+CAPABILITIES = {
+    "update_modes": ["async"],
+    "durability": ["none"],
+    "on_nonfinite": ["refuse", "skip"],
+}
+
+
+def describe(state: Any) -> dict[str, Any]:
+    """The document of `/v1/server`, from the application's state."""
+    return {
+        "name": "gradpost",
+        "version": VERSION,
+        "rules": sorted(RULES),
+        "devices": [{"name": "cpu", "threads": state.pool.threads}],
+        "dtypes": {"master": list(MASTER_DTYPES), "gradient": list(GRADIENT_DTYPES)},
+        "media_types": [SAFETENSORS, OCTET, JSON],
+        "capabilities": CAPABILITIES,
+        "limits": table(state.settings),
+    }
+
+
+@router.get("/v1/server", summary="Version, devices, capabilities and every limit")
+async def server(request: Request) -> JSONResponse:
+    """Everything a client can ask before it makes a session."""
+    return JSONResponse(describe(request.app.state))

@@ -1,0 +1,228 @@
+"""Sessions as resources: create, attach, list, read, change, end."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.responses import JSONResponse
+
+from service.routes import reading
+from service.routes.documents import BODY, SESSION, body, header, query, refusals
+from service.schemas import (
+    SessionInfo,
+    SessionList,
+    Spec,
+    apply_patch,
+    check_id,
+    one_of_each,
+    parse_count,
+    parse_spec,
+)
+from service.schemas.spec import invalid
+from service.sessions.registry import Sessions, revision_of
+from service.sessions.session import Session, Tensor, counts
+from service.wire.body import largest_push
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+
+_EXAMPLE = {"$ref": "#/components/schemas/CreateSession"}
+_CREATE = (
+    *BODY,
+    *("invalid-json", "not-supported-yet", "invalid-tensors", "nonfinite", "device-unavailable"),
+    *("too-many-sessions", "insufficient-memory"),
+)
+_TAG = '"spec-{}"'
+
+
+def describe(session: Session, *, attached: bool = False) -> dict[str, Any]:
+    """Everything about a session, as JSON."""
+    arena = session.arena
+    layout: list[dict[str, Any]] = []
+    if arena is not None:
+        counted = counts(arena)
+        layout = [
+            {
+                "name": e.name,
+                "dtype": e.dtype,
+                "shape": list(e.shape),
+                "offset": e.offset,
+                "count": counted[e.name],
+            }
+            for e in arena.layout.entries
+        ]
+    status = "broken" if session.broken else "empty" if arena is None else "ready"
+    return {
+        "id": session.id,
+        "status": status,
+        "attached": attached,
+        "revision": session.revision,
+        "step": session.step,
+        "epoch": session.epoch,
+        "version": session.version,
+        **session.spec.model_dump(mode="json"),
+        "layout": layout,
+        "workers": session.ledger.workers,
+        "created_at": session.created_at,
+        "bytes": session.bytes(),
+        "max_push_bytes": None if arena is None else largest_push(arena.layout, session.spec.dtype),
+    }
+
+
+def _answer(session: Session, status: int, *, attached: bool = False) -> Response:
+    return JSONResponse(
+        describe(session, attached=attached),
+        status_code=status,
+        headers={
+            "ETag": _TAG.format(session.revision),
+            "Location": f"/v1/sessions/{session.id}",
+            "Cache-Control": "no-cache",
+        },
+    )
+
+
+async def _stated(request: Request) -> tuple[Spec, dict[str, Any], list[Tensor] | None]:
+    """The specification of a creation, what it states, and the inline parameters."""
+    document = await reading.document(request)
+    params = None
+    if isinstance(document, dict):
+        document = dict(document)
+        params = document.pop("params", None)
+    spec, stated = parse_spec(document)
+    limit = request.app.state.settings.json_elements
+    tensors = None if params is None else reading.inline(params, spec.dtype, limit)
+    return spec, stated, tensors
+
+
+async def _make(
+    sessions: Sessions, name: str | None, spec: Spec, tensors: list[Tensor] | None
+) -> Session:
+    session = sessions.create(name, spec)
+    if tensors is not None:
+        try:
+            await session.load(tensors, first_only=True)
+        except BaseException:
+            sessions.forget(session)
+            raise
+    return session
+
+
+@router.put(
+    "/{id}",
+    summary="Create a session under an id of your choice, or attach to it",
+    responses={
+        200: {"model": SessionInfo, "description": "Attached."},
+        201: {"model": SessionInfo, "description": "Created."},
+        **refusals(*_CREATE, "spec-differs"),
+    },
+    openapi_extra=body(_EXAMPLE, tensors=False),
+)
+async def put(id: str, request: Request) -> Response:
+    """201 when it was created; 200 with `attached` when every stated field is as it was created."""
+    check_id(id)
+    spec, stated, tensors = await _stated(request)
+    sessions: Sessions = request.app.state.sessions
+    found = sessions.attach(id, stated)
+    if found is not None:
+        return _answer(found, 200, attached=True)
+    return _answer(await _make(sessions, id, spec, tensors), 201)
+
+
+@router.post(
+    "",
+    summary="Create a session under a generated id",
+    status_code=201,
+    responses={201: {"model": SessionInfo, "description": "Created."}, **refusals(*_CREATE)},
+    openapi_extra=body(_EXAMPLE, tensors=False),
+)
+async def create(request: Request) -> Response:
+    """Not safe to retry: an answer that was lost leaves a session behind. PUT is."""
+    spec, _, tensors = await _stated(request)
+    return _answer(await _make(request.app.state.sessions, None, spec, tensors), 201)
+
+
+@router.get(
+    "",
+    summary="List sessions",
+    responses={200: {"model": SessionList}, **refusals("invalid-request")},
+    openapi_extra={
+        "parameters": [
+            query("after", "The `next` of the page before.", {"type": "string"}),
+            query(
+                "limit",
+                "Sessions on the page (100).",
+                {"type": "integer", "minimum": 1, "maximum": 1000},
+            ),
+        ]
+    },
+)
+async def index(request: Request) -> Response:
+    """In order of their ids, page by page."""
+    asked = one_of_each(request.query_params.multi_items())
+    unknown = sorted(asked.keys() - {"after", "limit"})
+    if unknown:
+        raise invalid(unknown[0][:80], "Not known here; this list takes after and limit.")
+    limit = parse_count("limit", asked.get("limit", "100"), 1, 1000)
+    found, more = request.app.state.sessions.page(asked.get("after"), limit)
+    return JSONResponse({"sessions": [describe(session) for session in found], "next": more})
+
+
+@router.get(
+    "/{id}",
+    summary="Read everything about a session",
+    responses={200: {"model": SessionInfo}, **refusals(*SESSION)},
+)
+async def read(id: str, request: Request) -> Response:
+    """Its ETag names the revision of the specification."""
+    return _answer(request.app.state.sessions.get(id), 200)
+
+
+@router.patch(
+    "/{id}",
+    summary="Change hyperparameters and policies",
+    responses={
+        200: {"model": SessionInfo, "description": "With `acts_from_step`."},
+        **refusals(
+            *BODY, *SESSION, "invalid-json", "not-supported-yet", "structural",
+            "precondition-failed", "device-unavailable",
+        ),
+    },
+    openapi_extra={
+        **body(
+            {
+                "type": "object",
+                "minProperties": 1,
+                "example": {"optimizer": {"lr": 0.0005}},
+                "properties": {
+                    "optimizer": {"type": "object"},
+                    "update": {"type": "object"},
+                    "on_nonfinite": {"type": "string", "enum": ["refuse", "skip"]},
+                },
+            },
+            tensors=False,
+        ),
+        "parameters": [
+            header("If-Match", 'The ETag of the revision that was read: `"spec-1"`.',
+                   {"type": "string"})
+        ],
+    },
+)  # fmt: skip
+async def patch(id: str, request: Request) -> Response:
+    """Acts from the next update on; what needs other arrays is 409 `structural`."""
+    session: Session = request.app.state.sessions.get(id)
+    change = await reading.document(request)
+    revision = revision_of(request.headers.get("if-match"))
+    step = await session.patch(lambda spec: apply_patch(spec, change), revision)
+    answer = describe(session)
+    answer["acts_from_step"] = step
+    return JSONResponse(answer, headers={"ETag": _TAG.format(session.revision)})
+
+
+@router.delete(
+    "/{id}",
+    summary="End a session",
+    status_code=204,
+    responses={204: {"description": "Ended; 410 from now on."}, **refusals(*SESSION)},
+)
+async def delete(id: str, request: Request) -> Response:
+    """Pushes that were admitted run to their end first; a PUT creates it anew, an epoch later."""
+    await request.app.state.sessions.delete(id)
+    return Response(status_code=204)

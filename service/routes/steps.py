@@ -1,0 +1,101 @@
+"""The hot route: push gradients, get a summary, and the new parameters if wanted."""
+
+from fastapi import APIRouter, Request, Response
+from gradpost.protocol import JSON
+
+from service.routes import reading
+from service.routes.answering import params_answer, summary_answer, wanted
+from service.routes.documents import (
+    BODY,
+    COUNT,
+    DTYPE,
+    NAMES,
+    PREFER,
+    SESSION,
+    TENSOR_MEDIA,
+    VERSION,
+    body,
+    query,
+    refusals,
+)
+from service.schemas import StepSummary, one_of_each, parse_prefer
+from service.sessions.session import Session
+from service.wire.media import choose_accept
+
+router = APIRouter(prefix="/v1/sessions", tags=["steps"])
+
+_PUSH = {
+    "type": "object",
+    "required": ["grads"],
+    "properties": {
+        "grads": {"type": "object", "description": "Tensor name → nested lists of numbers."},
+        "worker": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+        "sequence": COUNT,
+        "base_version": {"oneOf": [VERSION, COUNT]},
+        "loss": {"type": "number"},
+    },
+}
+
+
+@router.post(
+    "/{id}/steps",
+    summary="Push gradients",
+    responses={
+        200: {
+            "description": "Applied, skipped, or a replay; with parameters if they were asked for.",
+            "model": StepSummary,
+            "content": {
+                JSON: {"schema": {"$ref": "#/components/schemas/StepSummary"}},
+                **TENSOR_MEDIA,
+            },
+        },
+        **refusals(
+            *BODY,
+            *SESSION,
+            *("invalid-json", "not-acceptable", "in-flight", "too-old", "worker-retired"),
+            *("epoch-changed", "version-unknown", "version-pending", "stale-gradient"),
+            *("params-missing", "invalid-tensors", "tensor-mismatch", "nonfinite", "key-reused"),
+            *("too-many-workers", "not-supported-yet"),
+        ),
+    },
+    openapi_extra={
+        **body(_PUSH, tensors=True),
+        "parameters": [
+            query(
+                "worker",
+                "Who pushes; with `sequence` it identifies the push.",
+                {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+            ),
+            query("sequence", "A number that this worker has not used.", COUNT),
+            query("base_version", "The version the gradient was computed from.", VERSION),
+            query("loss", "For the history.", {"type": "number"}),
+            NAMES,
+            DTYPE,
+            PREFER,
+        ],
+    },
+)
+async def push(id: str, request: Request) -> Response:
+    """Applied whole or not at all, and once for each (`worker`, `sequence`)."""
+    state = request.app.state
+    session: Session = state.sessions.get(id)
+    headers = request.headers
+    media = choose_accept(headers.get("accept"))
+    prefers = parse_prefer(headers.get("prefer"), state.settings.wait_cap_s)
+    names, dtype, control = None, None, {}
+    if request.url.query:
+        pairs = request.query_params.multi_items()
+        control = one_of_each(pairs, many=("names",))
+        dtype = control.pop("dtype", None)
+        names = tuple(value for name, value in pairs if name == "names") or None
+    want = wanted(media, names, dtype)
+    with_params = media.kind != "json" or prefers.representation
+    with state.uploads:
+        gradient = await reading.gradient(request, session, control)
+        outcome = await session.push(gradient, hold=with_params)
+    if not with_params:
+        return summary_answer(session, outcome)
+    held = outcome.held or await session.hold(None, state.settings.wait_cap_s)
+    return await params_answer(
+        session, held, want, outcome.summary.answer(replayed=outcome.replayed)
+    )

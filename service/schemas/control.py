@@ -1,0 +1,174 @@
+"""Control values of a push and of a pull. By hand: a query model doubles the cost of a step."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from gradpost.protocol.versions import parse_version
+
+from service.errors import BadRequest, NotSupportedYet
+from service.hyper import nearest
+from service.schemas.spec import invalid
+
+_WORKER = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FIELDS = ["worker", "sequence", "base_version", "loss"]
+_SOON = {
+    "weight": "weights of contributions; update mode sync comes later",
+    "grad_scale": "loss scaling; divide the gradient in the trainer",
+    "overrides": "overrides per push; PATCH the session instead",
+    "found_inf": "loss scaling; use on_nonfinite: skip",
+}
+
+
+class PushControl(NamedTuple):
+    """What a push says of itself; all None when it is not identified."""
+
+    worker: str | None
+    sequence: int | None
+    base_version: tuple[int, int] | None
+    loss: float | None
+
+    @property
+    def key(self) -> tuple[str, int] | None:
+        """What identifies the push, if anything does."""
+        if self.worker is None or self.sequence is None:
+            return None
+        return self.worker, self.sequence
+
+    @property
+    def canonical(self) -> bytes:
+        """The control values as bytes, the same for every encoding of the same push."""
+        return json.dumps([self.base_version, self.loss], separators=(",", ":")).encode()
+
+
+class Prefer(NamedTuple):
+    """What a Prefer header (RFC 7240) asks for."""
+
+    wait_s: float
+    representation: bool
+
+
+def parse_control(values: Mapping[str, Any], *, text: bool) -> PushControl:
+    """Validates the control values of a push.
+
+    Args:
+        values: From the query (`text`: all are strings) or from a JSON body.
+        text: Whether numbers come as text.
+
+    Raises:
+        InvalidRequest: Unknown fields, bad values, or a worker without a sequence.
+        NotSupportedYet: Fields of later versions.
+    """
+    for name in values:
+        if name in _FIELDS:
+            continue
+        if name in _SOON:
+            raise NotSupportedYet(f"{name} is not supported yet ({_SOON[name]}).", field=name)
+        known = _FIELDS if text else [*_FIELDS, "grads"]
+        raise invalid(name[:80], f"A push has no such field; {nearest(name[:80], known)}")
+    worker, sequence = values.get("worker"), values.get("sequence")
+    if (worker is None) != (sequence is None):
+        missing = "sequence" if sequence is None else "worker"
+        raise invalid(
+            missing, "A push is identified by worker and sequence: send both, or neither."
+        )
+    base = values.get("base_version")
+    if worker is not None and base is None:
+        raise invalid(
+            "base_version", "An identified push states the version its gradient was computed from."
+        )
+    return PushControl(
+        None if worker is None else _worker(worker),
+        None if sequence is None else _whole("sequence", sequence, text=text),
+        None if base is None else parse_base("base_version", base),
+        None if values.get("loss") is None else _loss(values["loss"], text=text),
+    )
+
+
+def _worker(value: Any) -> str:
+    if not isinstance(value, str) or not _WORKER.fullmatch(value):
+        raise invalid("worker", "A worker id is 1 to 128 letters, digits, dots, dashes or _.")
+    return value
+
+
+def _whole(field: str, value: Any, *, text: bool) -> int:
+    if text and isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise invalid(field, "A whole number from 0 to 2**63 - 1, without sign or fraction.")
+    return value
+
+
+def parse_count(field: str, value: str, least: int, most: int) -> int:
+    """A whole number of a query, within its bounds."""
+    number = int(value) if re.fullmatch(r"[0-9]{1,19}", value) else -1
+    if not least <= number <= most:
+        raise invalid(field, f"A whole number from {least} to {most}.")
+    return number
+
+
+def parse_base(field: str, value: Any) -> tuple[int, int]:
+    """A version out of a query or a JSON body."""
+    try:
+        return parse_version(value)
+    except ValueError as error:
+        raise invalid(field, str(error)) from None
+
+
+def _loss(value: Any, *, text: bool) -> float:
+    try:
+        if isinstance(value, bool) or (isinstance(value, str) and not text):
+            raise ValueError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise invalid("loss", "A finite number, for the history; leave it out if there is none.")
+    return number
+
+
+def parse_prefer(value: str | None, wait_cap_s: float) -> Prefer:
+    """Reads a Prefer header; what is not understood is ignored, as RFC 7240 has it."""
+    wait_s, representation = 0.0, False
+    for item in (value or "").split(","):
+        name, _, given = item.partition(";")[0].strip().partition("=")
+        given = given.strip().strip('"')
+        if name.lower() == "return" and given.lower() == "representation":
+            representation = True
+        if name.lower() == "wait" and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", given):
+            wait_s = min(float(given), wait_cap_s)
+    return Prefer(wait_s, representation)
+
+
+def check_id(value: str) -> str:
+    """A session id.
+
+    Raises:
+        InvalidRequest: Not 1 to 128 letters, digits, dots, dashes and underscores.
+    """
+    if not _ID.fullmatch(value) or ".." in value:
+        raise invalid(
+            "id",
+            "A session id is 1 to 128 letters, digits, dots, dashes or _, begins with a letter or "
+            "digit, and has no two dots in a row.",
+        )
+    return value
+
+
+def one_of_each(pairs: Iterable[tuple[str, str]], many: tuple[str, ...] = ()) -> dict[str, str]:
+    """A query as a mapping, without the names that may repeat.
+
+    Raises:
+        BadRequest: A name that is given twice.
+    """
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in many:
+            continue
+        if name in found:
+            raise BadRequest(f"{name[:80]!r} is given twice in the query; give it once.")
+        found[name] = value
+    return found

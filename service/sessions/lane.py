@@ -1,0 +1,96 @@
+"""The serial lane of a session: everything that writes it runs here, one program after another."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from kernels.pool import Pool
+
+T = TypeVar("T")
+Program = Generator[Sequence[Callable[[], Any]], list[Any], T]
+
+
+class _Waiting(NamedTuple):
+    program: Program[Any]
+    result: asyncio.Future[Any]
+    since: float
+
+
+async def on_pool(pool: Pool, program: Program[T]) -> T:
+    """Runs a program that writes no session (a conversion, a parse) and awaits its result."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def done(value: T | None, error: BaseException | None) -> None:
+        loop.call_soon_threadsafe(_settle, result, value, error)
+
+    pool.submit(program, done)
+    return await asyncio.shield(result)
+
+
+def _settle(result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    if result.cancelled():
+        return
+    if error is not None:
+        result.set_exception(error)
+        # Whoever asked may have gone; the failure has been counted, it need not be reported twice.
+        result.exception()
+    else:
+        result.set_result(value)
+
+
+class Lane:
+    """FIFO over the pool. A program once submitted runs to its end whether or not anyone listens.
+
+    Args:
+        pool: The threads that run programs.
+        after: Called on the event loop after each program and before the next one starts, so that
+            readers that waited get the version just published.
+    """
+
+    def __init__(self, pool: Pool, after: Callable[[], None]) -> None:
+        self._pool = pool
+        self._after = after
+        self._waiting: deque[_Waiting] = deque()
+        self._busy = False
+        self.started_at = 0.0
+        self.queued_s = 0.0
+
+    async def run(self, program: Program[T]) -> T:
+        """Queues a program and awaits its result; cancelling the caller does not stop it."""
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(program, result, time.perf_counter()))
+        if not self._busy:
+            self._start()
+        return await asyncio.shield(result)
+
+    def _start(self) -> None:
+        self._busy = True
+        program, result, since = self._waiting.popleft()
+        loop = asyncio.get_running_loop()
+        self.started_at = time.perf_counter()
+        self.queued_s = self.started_at - since
+
+        def done(value: Any, error: BaseException | None) -> None:
+            loop.call_soon_threadsafe(self._finish, result, value, error)
+
+        self._pool.submit(program, done)
+
+    def _finish(self, result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+        self._busy = False
+        _settle(result, value, error)
+        self._after()
+        if self._waiting and not self._busy:
+            self._start()
+
+    async def idle(self) -> None:
+        """Returns when nothing runs or waits."""
+        while self._busy or self._waiting:
+            await self.run(_nothing())
+
+
+def _nothing() -> Program[None]:
+    return
+    yield []

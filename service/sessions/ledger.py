@@ -1,0 +1,168 @@
+"""Which pushes were admitted: the reason why a retry is never applied twice."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from service.errors import KeyReused, TooManyWorkers, TooOld, WorkerRetired
+
+WINDOW = 1024
+
+
+class Summary(NamedTuple):
+    """What a push did; the answer to it and to every repeat of it."""
+
+    step: int
+    epoch: int
+    version: int
+    applied: bool
+    identified: bool
+    staleness: int
+    lr: float
+    grad_norm: float | None
+    skipped: str | None
+    params_finite: bool
+
+    def answer(self, *, replayed: bool) -> dict[str, object]:
+        """The JSON members of the answer."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "version": self.version,
+            "applied": self.applied,
+            "replayed": replayed,
+            "identified": self.identified,
+            "staleness": self.staleness,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "clipped": False,
+            "skipped": self.skipped,
+            "params_finite": self.params_finite,
+            "round": None,
+        }
+
+
+class Admitted(NamedTuple):
+    """One consumed sequence number."""
+
+    digest: bytes
+    summary: Summary
+
+
+@dataclass
+class _Worker:
+    highest: int = -1
+    seen_at: float = 0.0
+    admitted: dict[int, Admitted] = field(default_factory=dict)
+
+
+class Ledger:
+    """Per worker, the last `WINDOW` sequence numbers and what each of them did.
+
+    Sequences identify; they do not order: any unused number above (highest − WINDOW) is free.
+    A worker that was silent for `retention_s` shrinks to a tombstone. Only the lane records;
+    lookups may come from the event loop at any time.
+
+    Args:
+        max_workers: Workers with a window at the same time.
+        retention_s: Silence, in seconds, after which a worker is retired.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        max_workers: int,
+        retention_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_workers = max_workers
+        self._retention_s = retention_s
+        self._clock = clock
+        self._workers: dict[str, _Worker] = {}  # ordered by last admission, the oldest first
+        self._retired: set[str] = set()
+
+    def find(self, worker: str, sequence: int) -> Admitted | None:
+        """The admitted push of this key, or None if the number is free.
+
+        Raises:
+            WorkerRetired: The worker left or was silent for too long.
+            TooOld: The number lies below the worker's window.
+            TooManyWorkers: A new worker has no place.
+        """
+        state = self._workers.get(worker)
+        if worker in self._retired or (state is not None and self._expired(state)):
+            raise WorkerRetired(
+                f"Worker {worker!r} was silent for more than {self._retention_s:.0f} s and its "
+                "sequence numbers are forgotten; go on under a new worker id.",
+                worker=worker,
+            )
+        if state is None:
+            if len(self._workers) >= self._max_workers and not self._retire_oldest():
+                raise TooManyWorkers(
+                    f"The session knows {self._max_workers} workers already; reuse a worker id per "
+                    "process, or raise GRADPOST_MAX_WORKERS.",
+                    max_workers=self._max_workers,
+                )
+            return None
+        if sequence <= state.highest - WINDOW:
+            raise TooOld(
+                f"Sequence {sequence} of worker {worker!r} lies {state.highest - sequence} below "
+                f"its highest; only the last {WINDOW} are kept, so it can't be told whether this "
+                "push was applied. Do not send it again.",
+                worker=worker,
+                sequence=sequence,
+                oldest=state.highest - WINDOW + 1,
+            )
+        return state.admitted.get(sequence)
+
+    def record(self, worker: str, sequence: int, digest: bytes, summary: Summary) -> None:
+        """Consumes a number. Called by the lane, together with the step."""
+        state = self._workers.pop(worker, None) or _Worker()
+        self._workers[worker] = state
+        state.seen_at = self._clock()
+        state.admitted[sequence] = Admitted(digest, summary)
+        if sequence > state.highest:
+            state.highest = sequence
+            if len(state.admitted) > WINDOW:
+                floor = sequence - WINDOW
+                state.admitted = {s: a for s, a in state.admitted.items() if s > floor}
+
+    def size(self) -> int:
+        """Numbers that are remembered, over all workers."""
+        return sum(len(worker.admitted) for worker in self._workers.values())
+
+    @property
+    def workers(self) -> int:
+        """Workers with a window."""
+        return len(self._workers)
+
+    def _expired(self, state: _Worker) -> bool:
+        return self._clock() - state.seen_at > self._retention_s
+
+    def _retire_oldest(self) -> bool:
+        """Turns the most silent worker into a tombstone if its time is over."""
+        for name, state in self._workers.items():
+            if not self._expired(state):
+                return False
+            self._retired.add(name)
+            del self._workers[name]
+            return True
+        return False
+
+
+def same_push(known: Admitted, digest: bytes, worker: str, sequence: int) -> Summary:
+    """The summary of the original push, if this is a repeat of it.
+
+    Raises:
+        KeyReused: The key was used for other bytes or other control values.
+    """
+    if known.digest != digest:
+        raise KeyReused(
+            f"Worker {worker!r} used sequence {sequence} for another push; every push needs a "
+            "number of its own, and a retry must repeat the same gradients and control values.",
+            worker=worker,
+            sequence=sequence,
+            step=known.summary.step,
+        )
+    return known.summary

@@ -1,0 +1,352 @@
+"""`application/json`: tensors as nested lists, for `curl` and browsers.
+
+Strict on the way in (RFC 8259 and no more: no NaN, no duplicate keys, bounded nesting), exact on
+the way out: every number is the shortest text that reads back as the same value. JSON has no word
+for the dtype, so numbers are read into the session's; and nested lists can not spell every empty
+shape, so `[]` stands for any empty tensor.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from math import prod
+from typing import Any, NoReturn
+
+import numpy as np
+from gradpost.protocol import SAFETENSORS
+from gradpost.protocol.dtypes import NUMPY, from_bf16
+
+from service.errors import BodyTooLarge, InvalidJson, InvalidTensors, Nonfinite, NotAcceptable
+from service.wire.fit import check_whole, select
+from service.wire.reader import MAX_DIMS, EntryLike, Flat, LayoutLike
+
+MAX_DEPTH = 64
+"""Nesting of a document, objects and lists together."""
+MAX_ELEMENTS = 100_000
+"""Numbers in one body, either way."""
+MAX_BYTES = 4 << 20
+"""Bytes of one body, either way."""
+MAX_NAME = 1024
+"""Characters of a tensor's name."""
+
+Tensor = tuple[str, tuple[int, ...], Flat]
+"""Name, shape, and the values in C order: master[prod(shape)]."""
+
+# The quantifiers are possessive and an unclosed string matches to the end: linear on any input.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_NUMBERS = {int, float}
+_WORDS = {str: "text", bool: "true or false", type(None): "null", dict: "an object", list: "a list"}
+
+
+def loads(body: bytes) -> Any:
+    """Parses a JSON document strictly.
+
+    Args:
+        body: UTF-8, with nesting of at most 64.
+
+    Returns:
+        dict, list, str, int, float, bool or None. A number like 1e999 is an infinite float: the
+        field it stands in refuses it.
+
+    Raises:
+        InvalidJson: Not JSON, nested too deep, a key given twice, NaN or Infinity, an integer of
+            more than 4,300 digits, not UTF-8.
+    """
+    _check_depth(body)
+    try:
+        return json.loads(
+            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except UnicodeDecodeError as error:
+        raise InvalidJson(f"The body is not UTF-8 at byte {error.start}; encode it so.") from None
+    except json.JSONDecodeError as error:
+        raise InvalidJson(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            "send a complete JSON document."
+        ) from None
+    except ValueError:  # int() refuses more than sys.get_int_max_str_digits()
+        raise InvalidJson(
+            "An integer in the body has too many digits; write large numbers like 1e30."
+        ) from None
+
+
+def tensors(obj: object, master: str, limit: int = MAX_ELEMENTS) -> list[Tensor]:
+    """Reads a mapping of names to nested lists (or to single numbers: scalars).
+
+    Args:
+        obj: As `loads` gives it.
+        master: The session's dtype, "F32" or "F64": what the numbers are read into.
+        limit: Numbers that all tensors together may hold.
+
+    Returns:
+        In the order of the document.
+
+    Raises:
+        InvalidTensors: Not a mapping; a bad name; ragged, too deep, or not numbers.
+        Nonfinite: A number that overflows the session's dtype.
+        BodyTooLarge: More than `limit` numbers.
+    """
+    if not isinstance(obj, dict):
+        raise InvalidTensors(
+            f"Tensors come as an object of names and nested lists, and this is {_word(obj)}; "
+            'send {"w": [[0.1, 0.2]], "b": [0.0]}.'
+        )
+    read: list[Tensor] = []
+    left = limit
+    for name, value in obj.items():
+        _check_name(name)
+        shape, leaves = _flattened(name, value, left, limit)
+        left -= len(leaves)
+        read.append((name, shape, _numbers(name, leaves, master)))
+    return read
+
+
+def fill(layout: LayoutLike, came: Sequence[Tensor], dest: Flat) -> None:
+    """Puts a whole set of tensors into a flat vector, in layout order.
+
+    Args:
+        layout: The session's tensors; all of them must have come, in their shapes.
+        came: As `tensors` gives it.
+        dest: master[layout.size], written in place once everything has been checked.
+
+    Raises:
+        TensorMismatch: Missing, unexpected or misshapen tensors.
+    """
+    check_whole(layout, {name: shape for name, shape, _ in came}, fits)
+    for name, _, values in came:
+        entry = layout.index[name]
+        dest[entry.offset : entry.offset + entry.size] = values
+
+
+def fits(entry: EntryLike, shape: tuple[int, ...]) -> bool:
+    """Whether nested lists of a shape may stand for a tensor.
+
+    Lists say nothing of the dimensions behind an empty one: (2, 0, 3) comes as [[], []], and []
+    may stand for any tensor of no elements.
+    """
+    if entry.shape == shape:
+        return True
+    if entry.size:
+        return False
+    return shape in ((0,), entry.shape[: entry.shape.index(0) + 1])
+
+
+def render(layout: LayoutLike, flat: Flat, names: Iterable[str] | None = None) -> bytes:
+    """The named tensors (all: None) as a JSON object of nested lists, in layout order.
+
+    Args:
+        layout: Where the tensors lie.
+        flat: The vector: float64, float32, float16, or uint16 for BF16.
+        names: Which tensors.
+
+    Raises:
+        TensorMismatch: A name that the session does not have.
+        NotAcceptable: More than 100,000 numbers or 4 MiB, or a value that is not finite.
+    """
+    return render_tensors(
+        [(e.name, e.shape, flat[e.offset : e.offset + e.size]) for e in select(layout, names)]
+    )
+
+
+def render_tensors(pieces: Sequence[Tensor]) -> bytes:
+    """Tensors as a JSON object of nested lists; each may have its own dtype (BF16 as uint16).
+
+    Raises:
+        NotAcceptable: More than 100,000 numbers or 4 MiB, or a value that is not finite.
+    """
+    _check_small(pieces)
+    said = (f"{json.dumps(name)}:{_nested(name, shape, flat)}" for name, shape, flat in pieces)
+    body = ("{" + ",".join(said) + "}").encode("ascii")
+    if len(body) > MAX_BYTES:
+        raise NotAcceptable(
+            f"As JSON this answer has {len(body)} bytes, above {MAX_BYTES}; ask for it with "
+            f"'Accept: {SAFETENSORS}'.",
+            available=[SAFETENSORS],
+        )
+    return body
+
+
+def _check_depth(body: bytes) -> None:
+    """Refuses nesting that the parser would take recursion for."""
+    brackets = _STRINGS.sub(b"", body).translate(None, _NO_BRACKETS)
+    if len(brackets) <= MAX_DEPTH:
+        return
+    codes = np.frombuffer(brackets, np.uint8)
+    steps = np.where((codes == ord("[")) | (codes == ord("{")), 1, -1)
+    if int(np.cumsum(steps).max()) > MAX_DEPTH:
+        raise InvalidJson(
+            f"The body is nested deeper than {MAX_DEPTH} levels; flatten it (tensors have at most "
+            f"{MAX_DIMS} dimensions)."
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose keys must differ."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise InvalidJson(f"The key {twice[:80]!a} is given twice; give each key once.")
+    return found
+
+
+def _no_constant(word: str) -> NoReturn:
+    """Refuses NaN and Infinity, which Python would read and JSON does not have."""
+    raise InvalidJson(f"{word} is not JSON; every number must be finite.")
+
+
+def _check_name(name: str) -> None:
+    """Refuses names that the other forms could not carry."""
+    bad = not name or len(name) > MAX_NAME or "\0" in name or name == "__metadata__"
+    if bad or not _encodable(name):
+        raise InvalidTensors(
+            f"{name[:80]!a} can not name a tensor; use 1 to {MAX_NAME} characters of Unicode "
+            "without NUL, and not __metadata__."
+        )
+
+
+def _encodable(name: str) -> bool:
+    """Whether a name has a form in UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _word(value: object) -> str:
+    """What a JSON value is called in a message."""
+    return _WORDS.get(type(value), "a number")
+
+
+def _flattened(
+    name: str, value: object, left: int, limit: int
+) -> tuple[tuple[int, ...], Sequence[int | float]]:
+    """The shape of nested lists and their numbers in C order, level by level (no recursion)."""
+    shape: list[int] = []
+    level: list[Any] = [value]
+    while level:
+        kinds = set(map(type, level))
+        if kinds <= _NUMBERS:
+            break
+        if kinds != {list}:
+            raise _not_numbers(name, kinds)
+        lengths = set(map(len, level))
+        if len(lengths) > 1:
+            raise _ragged(name, f"lists of {min(lengths)} and of {max(lengths)} items")
+        if len(shape) == MAX_DIMS:
+            raise InvalidTensors(
+                f"{name[:80]!a} is nested deeper than {MAX_DIMS} dimensions; reshape it."
+            )
+        shape.append(lengths.pop())
+        level = list(chain.from_iterable(level))
+    if len(level) > left:
+        raise BodyTooLarge(
+            f"A JSON body may hold {limit} numbers and this one has more; send tensors as "
+            f"{SAFETENSORS}.",
+            limit=limit,
+        )
+    return tuple(shape), level
+
+
+def _not_numbers(name: str, kinds: set[type]) -> InvalidTensors:
+    """The refusal of leaves that are not numbers."""
+    words = sorted({_WORDS.get(kind, "a number") for kind in kinds})
+    if kinds <= _NUMBERS | {list}:
+        return _ragged(name, "numbers and lists side by side")
+    wrong = [word for word in words if word not in ("a number", "a list")]
+    return InvalidTensors(
+        f"{name[:80]!a} holds {' and '.join(wrong)}; a tensor is nested lists of numbers.",
+        name=name[:200],
+    )
+
+
+def _ragged(name: str, what: str) -> InvalidTensors:
+    """The refusal of lists that make no rectangular tensor."""
+    return InvalidTensors(
+        f"{name[:80]!a} has {what} on one level; make the lists of a level equally long.",
+        name=name[:200],
+    )
+
+
+def _numbers(name: str, leaves: Sequence[int | float], master: str) -> Flat:
+    """Numbers as an array of the master dtype."""
+    try:
+        wide = np.array(leaves, np.float64)
+    except OverflowError:  # an integer above 1.8e308
+        position = next(i for i, leaf in enumerate(leaves) if _overflows(leaf))
+        raise _too_large(name, position, master) from None
+    with np.errstate(over="ignore", under="ignore"):
+        values = wide.astype(NUMPY[master], copy=False)
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise _too_large(name, int(np.argmin(finite)), master)
+    return values
+
+
+def _overflows(leaf: int | float) -> bool:
+    """Whether a number has no finite double."""
+    try:
+        float(leaf)
+    except OverflowError:
+        return True
+    return False
+
+
+def _too_large(name: str, position: int, master: str) -> Nonfinite:
+    """The refusal of a number that the session's dtype can not hold."""
+    return Nonfinite(
+        f"{name[:80]!a} has a number at flat index {position} that overflows {master}; scale "
+        "the values down.",
+        tensor=name[:200],
+        index=position,
+    )
+
+
+def _check_small(pieces: Iterable[Tensor]) -> None:
+    """Refuses to write what is too long for JSON, before a character of it is made."""
+    count = 0
+    for _, shape, flat in pieces:
+        # Lists count like numbers: a shape (10**18, 0) has no elements and that many lists.
+        count += max(flat.size, *(prod(shape[:k]) for k in range(1, len(shape))), 0)
+    if count > MAX_ELEMENTS:
+        raise NotAcceptable(
+            f"JSON answers hold at most {MAX_ELEMENTS} numbers and this one has {count}; ask for "
+            f"it with 'Accept: {SAFETENSORS}'.",
+            available=[SAFETENSORS],
+        )
+
+
+def _nested(name: str, shape: tuple[int, ...], flat: Flat) -> str:
+    """One tensor as nested lists: joined from the innermost dimension outward."""
+    items = _texts(name, flat)
+    for axis in range(len(shape) - 1, -1, -1):
+        source: Iterator[str] = iter(items)
+        length = shape[axis]
+        items = [f"[{','.join(islice(source, length))}]" for _ in range(prod(shape[:axis]))]
+    return items[0]
+
+
+def _texts(name: str, flat: Flat) -> list[str]:
+    """Each value as the shortest text that reads back as the same value of its dtype."""
+    if flat.dtype == np.uint16:
+        flat = from_bf16(flat)
+    finite = np.isfinite(flat)
+    if not finite.all():
+        raise NotAcceptable(
+            f"{name[:80]!a} is not finite at flat index {int(np.argmin(finite))}, and JSON "
+            f"can not say that; ask for it with 'Accept: {SAFETENSORS}'.",
+            available=[SAFETENSORS],
+        )
+    if flat.dtype == np.float64:
+        return list(map(repr, flat.tolist()))
+    texts = list(map(str, flat))
+    # A parser reads a double and rounds it again. Where that would miss, say the double itself.
+    with np.errstate(over="ignore", under="ignore"):
+        back = np.array(list(map(float, texts)), np.float64).astype(flat.dtype)
+    for position in np.flatnonzero(back != flat):
+        texts[position] = repr(float(flat[position]))
+    return texts

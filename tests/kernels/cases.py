@@ -1,0 +1,85 @@
+"""Every rule with every option worth telling apart, and how to run one through the kernels."""
+
+from typing import Any
+
+import numpy as np
+
+from kernels import convert, cpu
+from kernels.registry import RULES
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 1e-3, "momentum": 0, "dampening": 0, "nesterov": False},
+    "momentum": {"lr": 1e-3, "beta": 0.9},
+    "adagrad": {"lr": 0.01, "lr_decay": 0, "initial_accumulator_value": 0, "eps": 1e-10},
+    "rmsprop": {
+        "lr": 0.01, "alpha": 0.99, "eps": 1e-8, "eps_inside_sqrt": True,
+        "momentum": 0, "centered": False,
+    },
+    "adadelta": {"lr": 1.0, "rho": 0.9, "eps": 1e-6},
+    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+}  # fmt: skip
+COMMON: dict[str, list[dict[str, Any]]] = {
+    rule: [{}, {"weight_decay": 0.1}, {"maximize": True}, {"maximize": True, "weight_decay": 0.1}]
+    for rule in DEFAULTS
+}
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "sgd": [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ],
+    "momentum": [{"beta": 0.0}, {"beta": 0.99, "lr": 0.1}],
+    "adagrad": [{"lr_decay": 0.1}, {"initial_accumulator_value": 0.1, "eps": 1e-3}],
+    "rmsprop": [
+        {"eps_inside_sqrt": False},
+        {"momentum": 0.9},
+        {"centered": True},
+        {"centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps_inside_sqrt": False},
+    ],
+    "adadelta": [{"rho": 0.95, "eps": 1e-3, "lr": 0.1}],
+    "adam": [{"amsgrad": True}, {"amsgrad": True, "weight_decay": 0.1}, {"betas": (0.0, 0.9)}],
+    "adamw": [{"amsgrad": True}, {"weight_decay": 0.0}, {"lr": 0.1, "eps": 1e-3}],
+}
+CASES = [(rule, extra) for rule in DEFAULTS for extra in COMMON[rule] + OPTIONS[rule]]
+
+# Each pair costs a compilation of every variant (half a second for both forms): all pairs are seen
+# with a few rules, all rules with a few pairs.
+PAIRS = [("F32", "F32"), ("F64", "F64"), ("F32", "BF16")]
+ALL_PAIRS = [(master, grad) for master in ("F32", "F64") for grad in ("F64", "F32", "F16", "BF16")]
+NUMPY = {"F32": np.float32, "F64": np.float64}
+
+
+def hyper(rule: str, **extra: Any) -> dict[str, Any]:
+    base = {"weight_decay": 0.01 if rule == "adamw" else 0, "maximize": False}
+    return {**DEFAULTS[rule], **base, **extra}
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """values (float64) as a gradient on the wire."""
+    out = np.empty(values.size, {**cpu.GRADS, "F16": np.uint16}[dtype])
+    convert.convert(np.ascontiguousarray(values, np.float64), "F64", out, dtype, 0, values.size)
+    return out
+
+
+def decode(wire: np.ndarray, dtype: str) -> np.ndarray:
+    """A gradient on the wire as float64."""
+    out = np.empty(wire.size, np.float64)
+    convert.convert(wire, dtype, out, "F64", 0, wire.size)
+    return out
+
+
+def coefficients(rule: str, h: dict[str, Any], count: int, master: str) -> np.ndarray:
+    return np.array(RULES[rule].coefficients(h, count, float(h["lr"])), NUMPY[master])
+
+
+def slots(rule: str, h: dict[str, Any], size: int, master: str) -> tuple[np.ndarray, ...]:
+    return tuple(np.full(size, slot.initial, NUMPY[master]) for slot in RULES[rule].slots(h))
+
+
+def names(rule: str, h: dict[str, Any]) -> list[str]:
+    return [slot.name for slot in RULES[rule].slots(h)]
+
+
+def kernel(rule: str, h: dict[str, Any], master: str, grad: str) -> cpu.Kernel:
+    return cpu.kernel(RULES[rule].variant(h), master, grad)
