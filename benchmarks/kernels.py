@@ -10,15 +10,19 @@ import importlib.util
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.floors import seconds, spread, touching
 from kernels import cpu
 from kernels.pool import Pool
 from kernels.registry import RULES
+
+Array = npt.NDArray[Any]
 
 HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "dampening": 0, "nesterov": False},
@@ -43,20 +47,37 @@ FUSED = {"sgd", "adagrad", "adam", "adamw"}
 LR = 1e-3
 
 
-def ours(rule: str, size: int, pool: Pool) -> Callable[[], object]:
-    """One update in place by our loop; alone below the size from which the pool helps."""
-    hyper = {"weight_decay": 0, "maximize": False, **HYPER[rule]}
-    run = cpu.kernel(RULES[rule].variant(hyper), "F32", "F32")
-    h = np.array(RULES[rule].coefficients(hyper, 10, LR), np.float32)
+class Memory(NamedTuple):
+    """The arrays of one update. All calls of a row share them: where they lie is worth 20 %."""
+
+    p: Array
+    g: Array
+    slots: tuple[Array, ...]
+
+
+def hyper(rule: str) -> dict[str, Any]:
+    return {"weight_decay": 0, "maximize": False, **HYPER[rule]}
+
+
+def memory(rule: str, size: int) -> Memory:
+    """Parameters and gradients at random, state at 0.1."""
     rng = np.random.default_rng(0)
     p, g = (rng.standard_normal(size, np.float32) for _ in range(2))
-    slots = tuple(np.full(size, 0.1, np.float32) for _ in RULES[rule].slots(hyper))
-    if len(cpu.chunks(0, size)) == 1:
-        return lambda: run(p, p, g, slots, h, 0, size)
-    return lambda: pool.run(spread(lambda lo, hi: run(p, p, g, slots, h, lo, hi), size))
+    slots = RULES[rule].slots(hyper(rule))
+    return Memory(p, g, tuple(np.full(size, 0.1, np.float32) for _ in slots))
 
 
-def theirs(rule: str, size: int, threads: int) -> Callable[[], object] | None:
+def ours(rule: str, arrays: Memory, pool: Pool) -> Callable[[], object]:
+    """One update in place by our loop; alone below the size from which the pool helps."""
+    p, g, slots = arrays
+    run = cpu.kernel(RULES[rule].variant(hyper(rule)), "F32", "F32")
+    h = np.array(RULES[rule].coefficients(hyper(rule), 10, LR), np.float32)
+    if len(cpu.chunks(0, p.size)) == 1:
+        return lambda: run(p, p, g, slots, h, 0, p.size)
+    return lambda: pool.run(spread(lambda lo, hi: run(p, p, g, slots, h, lo, hi), p.size))
+
+
+def theirs(rule: str, arrays: Memory, threads: int) -> Callable[[], object] | None:
     """One update by torch's own optimizer, fused where torch has that; None without torch."""
     if rule not in TORCH or importlib.util.find_spec("torch") is None:
         return None
@@ -64,10 +85,13 @@ def theirs(rule: str, size: int, threads: int) -> Callable[[], object] | None:
 
     torch.set_num_threads(threads)
     name, options = TORCH[rule]
-    p = torch.nn.Parameter(torch.ones(size))
-    p.grad = torch.full((size,), 0.5)
+    p = torch.nn.Parameter(torch.from_numpy(arrays.p))
+    p.grad = torch.from_numpy(arrays.g)
     form = {"fused": True} if rule in FUSED else {"foreach": False}
     optimizer = getattr(torch.optim, name)([p], lr=LR, **form, **options)
+    names = [slot.name for slot in RULES[rule].slots(hyper(rule))]
+    state = dict(zip(names, map(torch.from_numpy, arrays.slots), strict=True))
+    optimizer.state[p] = {"step": torch.tensor(10.0), **state}
     return lambda: optimizer.step()
 
 
@@ -78,6 +102,7 @@ def measure(calls: dict[str, Callable[[], object]], samples: int, repeat: int) -
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(samples):
         for name, call in calls.items():
+            time.sleep(0.02)  # OpenMP's threads spin for a while after torch's turn, on our cores
             found[name].append(seconds(call, repeat))
     return {name: statistics.median(values) for name, values in found.items()}
 
@@ -86,10 +111,11 @@ def row(rule: str, size: int, threads: int, samples: int) -> dict[str, Any]:
     """Measures one rule at one size; ratios above 1 mean that ours is faster."""
     pool = Pool(threads)
     try:
-        calls = {"ours": ours(rule, size, pool)}
-        if rule in ("adam", "adamw"):  # the floor moves exactly their bytes
-            calls["floor"] = touching(size, pool)
-        if (torch := theirs(rule, size, threads)) is not None:
+        arrays = memory(rule, size)
+        calls = {"ours": ours(rule, arrays, pool)}
+        if len(arrays.slots) == 2:  # the floor moves exactly their bytes
+            calls["floor"] = touching((arrays.p, *arrays.slots), arrays.g, pool)
+        if (torch := theirs(rule, arrays, threads)) is not None:
             calls["torch"] = torch
         found = measure(calls, samples, max(1, min(2000, 2_000_000 // size)))
     finally:

@@ -27,7 +27,7 @@ UNIT: Final = 1 << 16
 ALONE: Final = 1 << 19
 """Below this many elements handing parts to other threads costs more than it saves."""
 CHUNK: Final = (1 << 20, 1 << 22)
-"""Least and most elements per chunk: parts that fit the L2 cache lose by the cost of handing over."""
+"""Least and most elements per chunk: below, handing over costs more than the cache gives back."""
 HOLD_GIL: Final = 1 << 15
 """Below this many elements (some 15 microseconds of work) a loop keeps the GIL."""
 

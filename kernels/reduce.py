@@ -6,7 +6,7 @@ cannot overflow in float64, so that "the sum is finite" is "every element is fin
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -121,3 +121,9 @@ def first_nonfinite(g: Array, dtype: str) -> int:
 def all_finite(g: Array, dtype: str) -> bool:
     """Tells whether every element is finite: for F64, where a sum of squares can overflow."""
     return first_nonfinite(g, dtype) < 0
+
+
+def warm(dtypes: Iterable[str]) -> None:
+    """Compiles or loads the sums of squares for each wire dtype."""
+    for dtype in dtypes:
+        _loop(dtype)

@@ -448,9 +448,7 @@ def from_http(error: HTTPException, method: str, path: str) -> ServiceError:
         allow = (error.headers or {}).get("Allow", "")
         return MethodNotAllowed(f"{method} is not defined here; allowed: {allow or 'see /docs'}.")
     if error.status_code == 404:
-        return NotFound(
-            f"Nothing is served at {path[:200]}; the calls are listed at /openapi.json."
-        )
+        return NotFound(f"Nothing is served at {path[:200]}; /openapi.json lists the calls.")
     return BadRequest(str(error.detail))
 
 

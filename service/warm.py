@@ -4,9 +4,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kernels import cpu, reduce
 from kernels.registry import RULES
-
-from kernels import cpu
 
 Combination = tuple[str, str, str]
 
@@ -54,6 +53,8 @@ def combinations(
 
 def warm(rules: Iterable[str], masters: Iterable[str] = ("F32", "F64")) -> int:
     """Compiles, or loads from the cache, every kernel these rules can need; returns how many."""
+    masters = tuple(masters)
     wanted = combinations(rules, masters)
     cpu.warm(wanted)
+    reduce.warm({gradient for master in masters for gradient in GRADIENTS[master]})
     return len(wanted)

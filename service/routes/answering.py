@@ -14,12 +14,12 @@ from gradpost.protocol.versions import etag
 
 from service.answers import TensorAnswer
 from service.errors import InvalidRequest, NotAcceptable
-from service.sessions.layout import Entry
 from service.sessions.session import Outcome, Session
 from service.sessions.versions import Version
 from service.wire import json, raw, safetensors
 from service.wire.fit import select
 from service.wire.media import Media
+from service.wire.reader import EntryLike
 
 DTYPE_CHOICES = (*DTYPES, "model")
 
@@ -79,6 +79,9 @@ async def params_answer(
     """The parameters of a held version; gives the version back when its bytes have left.
 
     Args:
+        session: Whose they are.
+        version: Held for this answer.
+        want: The form.
         summary: What the push did, where this answers one.
     """
     try:
@@ -131,7 +134,7 @@ async def _rendered(
 async def _as_json(
     session: Session,
     version: Version,
-    entries: Sequence[Entry],
+    entries: Sequence[EntryLike],
     asked: str,
     headers: dict[str, str],
     summary: dict[str, Any] | None,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi import Request
-from gradpost.protocol import MAX_HEADER_BYTES, SAFETENSORS
+from gradpost.protocol import JSON, MAX_HEADER_BYTES, SAFETENSORS
 from gradpost.protocol.dtypes import DTYPES, NUMPY
 
 from service.connection import body as stream
@@ -29,9 +29,7 @@ async def document(request: Request) -> Any:
     media.check_encoding(request.headers.get("content-encoding"))
     kind = media.parse_content_type(request.headers.get("content-type")).kind
     if kind != "json":
-        raise UnsupportedMediaType(
-            "This call takes application/json.", accepted=["application/json"]
-        )
+        raise UnsupportedMediaType("This call takes application/json.", accepted=[JSON])
     return await _json(request)
 
 
@@ -194,7 +192,7 @@ async def _raw_upload(request: Request, session: Session, form: media.Media, len
     if arena is None:
         raise UnsupportedMediaType(
             f"The first upload names the tensors; send it as {SAFETENSORS} or JSON.",
-            accepted=[SAFETENSORS, "application/json"],
+            accepted=[SAFETENSORS, JSON],
         )
     assert form.dtype is not None
     whole = np.empty(length, np.uint8)

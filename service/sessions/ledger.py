@@ -60,7 +60,7 @@ class _Worker:
 class Ledger:
     """Per worker, the last `WINDOW` sequence numbers and what each of them did.
 
-    Sequences identify; they do not order: any unused number above (highest − WINDOW) is free.
+    Sequences identify; they do not order: any unused number above (highest - WINDOW) is free.
     A worker that was silent for `retention_s` shrinks to a tombstone. Only the lane records;
     lookups may come from the event loop at any time.
 

@@ -39,6 +39,7 @@ from service.sessions.ledger import Ledger, Summary, same_push
 from service.sessions.versions import Version, Versions
 from service.settings import Settings
 from service.wire.digest import digest
+from service.wire.reader import EntryLike
 
 Array = NDArray[Any]
 Tensor = tuple[str, str, tuple[int, ...], Array]
@@ -50,7 +51,7 @@ class Run(NamedTuple):
 
     lo: int
     hi: int
-    count: int
+    updates: int
 
 
 class Shared(NamedTuple):
@@ -280,7 +281,7 @@ class Session:
         # Everything that may fail (a compiler, an allocation) comes before the first write.
         loop = cpu.kernel(rule.variant(hyper), self.spec.dtype, gradient.dtype)
         coefficients = [
-            np.array(rule.coefficients(hyper, run.count, lr), self._dtype) for run in arena.runs
+            np.array(rule.coefficients(hyper, run.updates, lr), self._dtype) for run in arena.runs
         ]
         before, after = arena.versions.begin()
         try:
@@ -292,7 +293,7 @@ class Session:
         except BaseException as error:
             self.broken = f"{type(error).__name__} during step {self.step + 1}"
             raise
-        arena.runs = tuple(run._replace(count=run.count + 1) for run in arena.runs)
+        arena.runs = tuple(run._replace(updates=run.updates + 1) for run in arena.runs)
         self.step += 1
         self.version += 1
         summary = self._summary(control, lr=lr, norm=norm, finite=all(finite))._replace(
@@ -307,7 +308,7 @@ class Session:
     def _examine(
         self, gradient: Gradient, *, parts: tuple[int, int], mark: bool, norm: bool
     ) -> tuple[bytes, Array]:
-        """The digest (asked of one part only: it runs over the whole vector) and sums of squares."""
+        """Sums of squares, and from one part only the digest, which is of the whole vector."""
         control = gradient.control
         found = b""
         if mark and control.key is not None:
@@ -481,6 +482,7 @@ class Session:
             yield from self._place(arena.layout, tensors, target)
             if fresh:
                 self._fill_state(arena)
+                self._compile()
         except BaseException:
             arena.versions.drop(target)
             if fresh:
@@ -544,6 +546,12 @@ class Session:
             raise
         runs = (Run(0, layout.size, 0),)
         return Arena(layout, versions, slots, state, gradients, runs, reserved)
+
+    def _compile(self) -> None:
+        """Loads the kernel now, so that the first push is not the one that waits for it."""
+        rule = RULES[self.spec.optimizer.rule]
+        cpu.kernel(rule.variant(self.hyper), self.spec.dtype, self.spec.dtype)
+        reduce.warm([self.spec.dtype])
 
     def _fill_state(self, arena: Arena) -> None:
         for slot, array in zip(arena.slots, arena.state, strict=True):
@@ -676,7 +684,7 @@ class Session:
             )
 
     async def converted(
-        self, version: Version, entries: Sequence[Entry], dtypes: Sequence[str]
+        self, version: Version, entries: Sequence[EntryLike], dtypes: Sequence[str]
     ) -> Array:
         """Tensors of a held version, each in its own dtype, packed: uint8.
 
@@ -737,7 +745,7 @@ def counts(arena: Arena) -> dict[str, int]:
     """Updates of each tensor."""
     return {
         entry.name: next(
-            run.count
+            run.updates
             for run in arena.runs
             if run.lo <= entry.offset and entry.offset + entry.size <= run.hi
         )
@@ -750,7 +758,7 @@ def _runs(layout: Layout, counted: Mapping[str, int]) -> tuple[Run, ...]:
     runs: list[Run] = []
     for entry in layout.entries:
         end = entry.offset + entry.size
-        if runs and runs[-1].count == counted[entry.name]:
+        if runs and runs[-1].updates == counted[entry.name]:
             runs[-1] = runs[-1]._replace(hi=end)
         else:
             runs.append(Run(entry.offset, end, counted[entry.name]))

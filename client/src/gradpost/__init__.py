@@ -1,0 +1,37 @@
+"""The client of gradpost: post gradients, get parameters."""
+
+from gradpost.errors import (
+    ClosedError,
+    DeadlineExceeded,
+    EpochChanged,
+    GradpostError,
+    RefusedError,
+    StaleGradient,
+    TransportError,
+)
+from gradpost.http import Http
+from gradpost.inprocess import InProcess
+from gradpost.retry import Attempt, RetryPolicy
+from gradpost.session import Buffer, Session, State
+from gradpost.summary import Summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attempt",
+    "Buffer",
+    "ClosedError",
+    "DeadlineExceeded",
+    "EpochChanged",
+    "GradpostError",
+    "Http",
+    "InProcess",
+    "RefusedError",
+    "RetryPolicy",
+    "Session",
+    "StaleGradient",
+    "State",
+    "Summary",
+    "TransportError",
+    "__version__",
+]

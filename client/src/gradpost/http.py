@@ -62,7 +62,7 @@ class HttpAnswer:
     def readinto(self, view: memoryview) -> int:
         """Reads the next bytes in place."""
         try:
-            got = self._response.readinto(view)  # type: ignore[arg-type]
+            got = self._response.readinto(view)
         except _FAILURES as error:
             raise TransportError(f"The answer broke off: {error}") from error
         self._ended = self._ended or got == 0

@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class Attempt(NamedTuple):
-    """What `on_retry` is told: retries so far, the failure, and seconds until the next try."""
+    """What `on_retry` is told: tries so far, the failure, and seconds until the next try."""
 
-    count: int
+    tries: int
     error: GradpostError
     delay_s: float
 

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 from gradpost.protocol.dtypes import DTYPES
@@ -140,7 +141,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         keys = sorted(key for key, _ in pairs)
-        double = next(key for key, after in zip(keys, keys[1:], strict=False) if key == after)
+        double = next(key for key, after in pairwise(keys) if key == after)
         raise HeaderError(f"The header has {double[:80]!r} twice; send each name once.")
     return fields
 

@@ -1,0 +1,62 @@
+# Each target does all the set-up it needs. Python >= 3.11, pip and make are enough.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+TORCH := .venv-torch
+PY := $(VENV)/bin/python
+CODE := service kernels client/src scripts benchmarks examples tests
+LOCKS := requirements.lock requirements-dev.lock scripts/setup.sh client/pyproject.toml
+
+.PHONY: help serve demo test test-torch lint format bench bench-quick openapi lock \
+	lint-container container-check
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(VENV)/.ready: $(LOCKS)
+	@scripts/setup.sh $(VENV)
+
+$(TORCH)/.ready: $(LOCKS)
+	@scripts/setup.sh $(TORCH) torch==2.13.0
+
+serve: $(VENV)/.ready ## start a server on 127.0.0.1:8000
+	$(PY) -m service serve
+
+demo: $(VENV)/.ready ## five optimizers, in a server, train a digit classifier over HTTP
+	PYTHONPATH=. $(PY) examples/demo.py
+
+test: $(VENV)/.ready ## all tests that need no torch
+	$(PY) -m pytest -q tests
+
+test-torch: $(TORCH)/.ready ## live parity with torch 2.13
+	GRADPOST_TEST_TORCH=1 $(TORCH)/bin/python -m pytest -q tests/torch
+
+lint: $(VENV)/.ready ## ruff, mypy, import-linter
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
+	$(VENV)/bin/mypy
+	PYTHONPATH=. $(VENV)/bin/lint-imports
+
+format: $(VENV)/.ready ## rewrite in the house style
+	$(VENV)/bin/ruff check --fix $(CODE)
+	$(VENV)/bin/ruff format $(CODE)
+
+bench-quick: $(VENV)/.ready ## kernels and push_pull in a few minutes, as ratios
+	PYTHONPATH=. $(PY) benchmarks/kernels.py --quick
+	PYTHONPATH=. $(PY) benchmarks/push_pull.py --quick
+
+bench: $(TORCH)/.ready ## the same at length, beside torch
+	PYTHONPATH=. $(TORCH)/bin/python benchmarks/kernels.py
+	PYTHONPATH=. $(TORCH)/bin/python benchmarks/push_pull.py
+
+openapi: $(VENV)/.ready ## write docs/openapi.json
+	PYTHONPATH=. $(PY) scripts/openapi.py
+
+lock: ## resolve the lock files anew
+	scripts/lock.sh
+
+lint-container: $(VENV)/.ready ## hadolint on the Dockerfile
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/lint_container.sh
+
+container-check: $(VENV)/.ready ## run the Dockerfile's steps without an engine, then its healthcheck
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/container_check.sh

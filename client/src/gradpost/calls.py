@@ -1,0 +1,95 @@
+"""One call over a transport: headers, answers, refusals."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+from gradpost.errors import RefusedError, TransportError, refusal
+from gradpost.protocol import JSON
+from gradpost.transport import Answer, Part, Transport, read_all
+
+T = TypeVar("T")
+Query = Sequence[tuple[str, str]]
+
+
+def path_of(session: str, *rest: str, query: Query = ()) -> str:
+    """The path of a session's resource."""
+    path = "/".join(["/v1/sessions", quote(session, safe=""), *rest])
+    return f"{path}?{urlencode(query)}" if query else path
+
+
+class Calls:
+    """Sends single attempts; a refusal is raised as the error of its problem type.
+
+    Args:
+        transport: The way to the server.
+        api_key: Sent as a bearer key.
+    """
+
+    def __init__(self, transport: Transport, api_key: str | None) -> None:
+        self._transport = transport
+        self._fixed = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[Answer], T],
+        timeout_s: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Sequence[Part] = (),
+    ) -> T:
+        """One attempt; `read` takes the answer of a 2xx or a 304.
+
+        Raises:
+            TransportError: No whole answer came.
+            RefusedError: The server refused.
+        """
+        sent = {**self._fixed, **(headers or {})}
+        answer = self._transport.request(method, path, sent, body, timeout_s)
+        try:
+            if answer.status < 300 or answer.status == 304:
+                return read(answer)
+            raise _refusal(answer)
+        finally:
+            answer.release()
+
+    def document(
+        self, method: str, path: str, timeout_s: float, value: Any = None, **headers: str
+    ) -> dict[str, Any]:
+        """One attempt with JSON both ways; an empty answer is {}."""
+        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        body: list[Part] = []
+        if value is not None:
+            body = [json.dumps(value, allow_nan=False).encode()]
+            named["Content-Type"] = JSON
+        return self.send(method, path, read_json, timeout_s, headers=named, body=body)
+
+    def close(self) -> None:
+        """Closes the transport."""
+        self._transport.close()
+
+
+def read_json(answer: Answer) -> dict[str, Any]:
+    """The JSON object of an answer; {} where there is none."""
+    body = read_all(answer)
+    if not body:
+        return {}
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        raise TransportError("The answer is not JSON; is this a gradpost server?") from error
+    if not isinstance(found, dict):
+        raise TransportError("The answer is not a JSON object; is this a gradpost server?")
+    return found
+
+
+def _refusal(answer: Answer) -> RefusedError:
+    try:
+        problem = read_json(answer)
+    except TransportError:
+        problem = {"detail": f"The server answered {answer.status} without a problem document."}
+    pause = answer.headers.get("Retry-After") or ""
+    return refusal(answer.status, problem, float(pause) if pause.isdigit() else None)

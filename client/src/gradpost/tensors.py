@@ -1,0 +1,124 @@
+"""From arrays to the parts of a body, and from a body to arrays."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradpost.errors import TransportError
+from gradpost.protocol.dtypes import DTYPES, NUMPY, name_of
+from gradpost.protocol.tensors import build_header, header_length, parse_header
+from gradpost.transport import Answer, Part
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Any]
+
+_SLICE = 1 << 20  # urllib3 reads fastest into slices of this size
+
+
+class Received(NamedTuple):
+    """The tensors of an answer (views of one buffer) and its metadata."""
+
+    tensors: dict[str, Array]
+    metadata: dict[str, str]
+    buffer: Array
+
+
+def encode(
+    tensors: Tensors,
+    master: str,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    one_dtype: bool = False,
+) -> list[Part]:
+    """The parts of a safetensors body; contiguous arrays are not copied.
+
+    Args:
+        tensors: Anything NumPy takes. Floats as wide as the session's dtype or narrower go as they
+            are (bfloat16 by its name); float64 for an F32 session, Python numbers and integers are
+            converted to the session's dtype.
+        master: The session's dtype, F32 or F64.
+        metadata: For the header.
+        one_dtype: A gradient has one dtype: where they differ, all go in the session's.
+
+    Raises:
+        TypeError: Not real numbers.
+    """
+    arrays = {name: _wire(name, value, master) for name, value in tensors.items()}
+    if one_dtype and len({dtype for dtype, _ in arrays.values()}) > 1:
+        arrays = {name: (master, _cast(tensors[name], master)) for name in arrays}
+    header = build_header(
+        ((name, dtype, array.shape) for name, (dtype, array) in arrays.items()), metadata
+    )
+    return [header, *(_bytes(array) for _, array in arrays.values() if array.size)]
+
+
+def _wire(name: str, value: Any, master: str) -> tuple[str, Array]:
+    """The wire dtype and a C-contiguous array of one tensor."""
+    array = np.asarray(value)
+    try:
+        dtype = name_of(array.dtype)
+    except ValueError:
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"{name!r} holds {array.dtype}, no tensor of real numbers.") from None
+        return master, _cast(array, master)
+    if DTYPES[dtype] > DTYPES[master]:
+        return master, _cast(array, master)
+    shape = array.shape  # ascontiguousarray makes a scalar one-dimensional
+    return dtype, np.ascontiguousarray(array).reshape(shape)
+
+
+def _cast(value: Any, master: str) -> Array:
+    array = np.asarray(value)
+    return np.ascontiguousarray(array, NUMPY[master]).reshape(array.shape)
+
+
+def _bytes(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def decode(answer: Answer, into: Array | None) -> Received:
+    """Reads a safetensors answer; the data goes straight into `into`, or into a new buffer.
+
+    Args:
+        answer: Positioned at the start of its body.
+        into: uint8 buffer to reuse if it is large enough; its former contents are lost.
+
+    Raises:
+        TransportError: The body broke off.
+    """
+    first = bytearray(8)
+    _fill(answer, memoryview(first))
+    raw = bytearray(header_length(bytes(first)))
+    _fill(answer, memoryview(raw))
+    header = parse_header(bytes(raw), None)
+    if into is None or into.size < header.data_bytes:
+        into = np.empty(header.data_bytes, np.uint8)
+    _fill(answer, into[: header.data_bytes].data)
+    if answer.readinto(memoryview(first)):
+        raise TransportError("The answer goes on after its last tensor.")
+    tensors = {
+        t.name: _view(into[t.begin : t.end], t.dtype).reshape(t.shape) for t in header.tensors
+    }
+    return Received(tensors, dict(header.metadata), into)
+
+
+def _view(data: Array, dtype: str) -> Array:
+    if data.ctypes.data % DTYPES[dtype]:
+        data = data.copy()
+    return data.view(NUMPY[dtype])
+
+
+def _fill(answer: Answer, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        got = answer.readinto(view[done : done + _SLICE])
+        if not got:
+            raise TransportError(f"The answer broke off after {done} of {len(view)} bytes.")
+        done += got
+
+
+def total(parts: Sequence[Part]) -> int:
+    """Bytes of a body."""
+    return sum(map(len, parts))

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Resolves the version ranges of pyproject.toml anew, in clean environments, into the lock files.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+resolve() {  # resolve <lock file> <requirement>...
+    local lock=$1
+    shift
+    python3 -m venv "$work/venv"
+    "$work/venv/bin/python" -m pip install --quiet --upgrade pip
+    "$work/venv/bin/python" -m pip install --quiet "$@"
+    {
+        echo "# Made by \`make lock\` from pyproject.toml; exact versions, one environment for all."
+        "$work/venv/bin/python" -m pip freeze --all --exclude pip --exclude gradpost --exclude gradpost-server
+    } >"$lock"
+    rm -rf "$work/venv"
+}
+
+resolve requirements.lock . ./client setuptools wheel
+resolve requirements-dev.lock -c requirements.lock ".[dev,demo]" ./client setuptools wheel
