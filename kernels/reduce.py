@@ -123,6 +123,11 @@ def all_finite(g: Array, dtype: str) -> bool:
     return first_nonfinite(g, dtype) < 0
 
 
+def ready(dtype: str) -> bool:
+    """Tells whether `sumsq` would start at once."""
+    return dtype in _loops
+
+
 def warm(dtypes: Iterable[str]) -> None:
     """Compiles or loads the sums of squares for each wire dtype."""
     for dtype in dtypes:

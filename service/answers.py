@@ -14,6 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from service.connection import abort
 
+COPIED = 32_768
+"""Bytes up to which an answer is copied out of its buffers."""
+
 
 class TensorAnswer(Response):
     """Sends buffers without copying them, and gives them back exactly once.
@@ -50,6 +53,13 @@ class TensorAnswer(Response):
             "status": self.status_code,
             "headers": self.raw_headers,
         }
+        if 0 < int(self.headers["content-length"]) <= COPIED and scope["method"] != "HEAD":
+            # One copy is cheaper than three messages and a barrier, and frees the buffers at once.
+            body = b"".join(self.parts)
+            self.close()
+            await send(start)
+            await send({"type": "http.response.body", "body": body})
+            return
         try:
             await send(start)
             if scope["method"] != "HEAD":

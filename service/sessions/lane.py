@@ -16,6 +16,7 @@ class _Waiting(NamedTuple):
     program: Program[Any]
     result: asyncio.Future[Any]
     since: float
+    here: bool
 
 
 async def on_pool(pool: Pool, program: Program[T]) -> T:
@@ -58,20 +59,29 @@ class Lane:
         self.started_at = 0.0
         self.queued_s = 0.0
 
-    async def run(self, program: Program[T]) -> T:
-        """Queues a program and awaits its result; cancelling the caller does not stop it."""
+    async def run(self, program: Program[T], *, here: bool = False) -> T:
+        """Queues a program and awaits its result; cancelling the caller does not stop it.
+
+        Args:
+            program: What to run.
+            here: Run it on the event loop when its turn comes: for work shorter than the hop to
+                a thread and back (see docs/decisions/0007), which must not compile or wait.
+        """
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(program, result, time.perf_counter()))
+        self._waiting.append(_Waiting(program, result, time.perf_counter(), here))
         if not self._busy:
             self._start()
         return await asyncio.shield(result)
 
     def _start(self) -> None:
         self._busy = True
-        program, result, since = self._waiting.popleft()
-        loop = asyncio.get_running_loop()
+        program, result, since, here = self._waiting.popleft()
         self.started_at = time.perf_counter()
         self.queued_s = self.started_at - since
+        if here:
+            self._finish(result, *_drive(program))
+            return
+        loop = asyncio.get_running_loop()
 
         def done(value: Any, error: BaseException | None) -> None:
             loop.call_soon_threadsafe(self._finish, result, value, error)
@@ -89,6 +99,23 @@ class Lane:
         """Returns when nothing runs or waits."""
         while self._busy or self._waiting:
             await self.run(_nothing())
+
+
+def _drive(program: Program[T]) -> tuple[T | None, Exception | None]:
+    """Runs a program in this thread; the pool does the same, spread over its own."""
+    try:
+        thunks = next(program)
+        while True:
+            try:
+                results = [thunk() for thunk in thunks]
+            except Exception as error:
+                thunks = program.throw(error)
+            else:
+                thunks = program.send(results)
+    except StopIteration as end:
+        return end.value, None
+    except Exception as error:
+        return None, error
 
 
 def _nothing() -> Program[None]:

@@ -124,7 +124,9 @@ class Ledger:
         state.admitted[sequence] = Admitted(digest, summary)
         if sequence > state.highest:
             state.highest = sequence
-            if len(state.admitted) > WINDOW:
+            # Numbers mostly come one by one: then this forgets exactly the one that falls out.
+            state.admitted.pop(sequence - WINDOW, None)
+            if len(state.admitted) > 2 * WINDOW:
                 floor = sequence - WINDOW
                 state.admitted = {s: a for s, a in state.admitted.items() if s > floor}
 

@@ -45,6 +45,10 @@ Array = NDArray[Any]
 Tensor = tuple[str, str, tuple[int, ...], Array]
 """Name, wire dtype, shape, and the flat values as they are stored in that dtype."""
 
+SMALL = 16_384
+"""Elements up to which a push runs on the event loop: about 20 us of kernels, where the hop to a
+thread and back costs 100."""
+
 
 class Run(NamedTuple):
     """A stretch of the flat vector whose tensors have been updated equally often."""
@@ -109,6 +113,7 @@ class Session:
     def __init__(self, name: str, spec: Spec, epoch: int, shared: Shared) -> None:
         self.id = name
         self.spec = spec
+        self.hyper: Mapping[str, Any] = spec.optimizer.model_dump()
         self.created_with = spec
         self.revision = 1
         self.epoch = epoch
@@ -128,11 +133,6 @@ class Session:
         self._waiters: list[tuple[tuple[int, int], asyncio.Future[Version]]] = []
 
     # What anyone may ask, on the event loop
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        """The effective hyperparameters."""
-        return self.spec.optimizer.model_dump()
 
     @property
     def ready(self) -> Arena:
@@ -233,7 +233,16 @@ class Session:
                 which may be after a cancelled caller has gone.
             hold: Pin the version that results, for an answer with parameters.
         """
-        return await self.lane.run(self._push_once(gradient, hold=hold))
+        return await self.lane.run(
+            self._push_once(gradient, hold=hold), here=self._is_small(gradient)
+        )
+
+    def _is_small(self, gradient: Gradient) -> bool:
+        """Whether a push costs less than its hop to a thread, and its kernels are at hand."""
+        if self.arena is None or self.arena.size > SMALL:
+            return False
+        variant = RULES[self.spec.optimizer.rule].variant(self.hyper)
+        return cpu.ready(variant, self.spec.dtype, gradient.dtype) and reduce.ready(gradient.dtype)
 
     def _push_once(self, gradient: Gradient, *, hold: bool) -> Program[Outcome]:
         key = gradient.control.key
@@ -576,6 +585,7 @@ class Session:
             changed = change(self.spec)
             if changed != self.spec:
                 self.spec = changed
+                self.hyper = changed.optimizer.model_dump()
                 self.revision += 1
             return self.step + 1
             yield []

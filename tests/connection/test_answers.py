@@ -3,6 +3,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from service import answers
 from service.answers import TensorAnswer
 from service.connection import EXTENSION
 
@@ -25,6 +26,24 @@ def run(answer, send, connection=None, method="GET"):
     asyncio.run(answer({"method": method, "extensions": extensions}, None, send))
 
 
+@pytest.fixture
+def uncopied(monkeypatch):
+    monkeypatch.setattr(answers, "COPIED", 0)
+
+
+def test_a_small_answer_is_copied_and_frees_its_buffers_before_it_is_sent():
+    sent, log = [], []
+    answer = TensorAnswer([b"head", b"data"], 200, {}, lambda: log.append(len(sent)))
+
+    async def send(message):
+        sent.append(message)
+
+    run(answer, send)
+    assert [message.get("body") for message in sent] == [None, b"headdata"]
+    assert log == [0]
+
+
+@pytest.mark.usefixtures("uncopied")
 def test_parts_go_out_as_views_then_an_empty_last_message():
     sent, released = [], []
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -59,6 +78,7 @@ def test_head_sends_no_bytes_and_releases():
     assert (sent, released) == ([None, b""], [1])
 
 
+@pytest.mark.usefixtures("uncopied")
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_failure_cuts_the_connection_before_the_release(fails_at):
     connection, count = FakeConnection(), 0

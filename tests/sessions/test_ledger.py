@@ -50,6 +50,9 @@ def test_memory_is_bounded_by_the_window():
     for sequence in range(5 * WINDOW):
         book.record("w", sequence, b"d", SUMMARY)
     assert book.size() <= WINDOW
+    for sequence in range(5 * WINDOW, 5_000 * WINDOW, WINDOW // 2):
+        book.record("w", sequence, b"d", SUMMARY)
+        assert book.size() <= 2 * WINDOW
 
 
 def test_a_silent_worker_is_retired_for_ever():

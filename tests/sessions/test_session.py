@@ -42,8 +42,9 @@ def pool():
     pool.close()
 
 
-@pytest.fixture
-def sessions(pool):
+@pytest.fixture(params=[-1, module.SMALL], ids=["pool", "loop"])
+def sessions(pool, request, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", request.param)
     settings = Settings(max_sessions=3, wait_cap_s=1.0)
     return Sessions(Shared(settings, pool, Budget(1 << 20), Metrics()))
 
@@ -99,7 +100,9 @@ def test_a_key_is_in_flight_only_while_it_commits(sessions):
     asyncio.run(scenario())
 
 
-def test_a_cancelled_caller_does_not_stop_its_push(sessions):
+def test_a_cancelled_caller_does_not_stop_its_push(sessions, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", -1)
+
     async def scenario():
         session = await made(sessions)
         released = []
