@@ -17,7 +17,7 @@ $(VENV)/.ready: $(LOCKS)
 	@scripts/setup.sh $(VENV)
 
 $(TORCH)/.ready: $(LOCKS)
-	@scripts/setup.sh $(TORCH) torch==2.13.0
+	@scripts/setup.sh $(TORCH) torch==2.13.0 expecttest
 
 serve: $(VENV)/.ready ## start a server on 127.0.0.1:8000
 	$(PY) -m service serve

@@ -18,5 +18,5 @@ resolve() {  # resolve <lock file> <requirement>...
     rm -rf "$work/venv"
 }
 
-resolve requirements.lock . ./client setuptools wheel
-resolve requirements-dev.lock -c requirements.lock ".[dev,demo]" ./client setuptools wheel
+resolve requirements.lock . ./client "setuptools>=77" wheel
+resolve requirements-dev.lock -c requirements.lock ".[dev,demo]" ./client "setuptools>=77" wheel

@@ -476,6 +476,8 @@ class Session:
 
     def _load(self, tensors: Sequence[Tensor], *, first_only: bool) -> Program[None]:
         self.check_alive()
+        if not tensors:
+            raise TensorMismatch("The upload holds no tensors; send those of the model.")
         if first_only:
             self.check_first()
         if self.arena is None:

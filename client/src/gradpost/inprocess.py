@@ -137,7 +137,7 @@ class InProcess:
         path, _, query = path.partition("?")
         fields = {"host": "in-process", **{k.lower(): v for k, v in headers.items()}}
         if body:
-            fields["content-length"] = str(sum(map(len, body)))
+            fields.setdefault("content-length", str(sum(map(len, body))))
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
