@@ -23,7 +23,7 @@ serve: $(VENV)/.ready ## start a server on 127.0.0.1:8000
 	$(PY) -m service serve
 
 demo: $(VENV)/.ready ## five optimizers, in a server, train a digit classifier over HTTP
-	PYTHONPATH=. $(PY) examples/demo.py
+	$(PY) -m examples.demo
 
 test: $(VENV)/.ready ## all tests that need no torch
 	$(PY) -m pytest -q tests
@@ -42,12 +42,12 @@ format: $(VENV)/.ready ## rewrite in the house style
 	$(VENV)/bin/ruff format $(CODE)
 
 bench-quick: $(VENV)/.ready ## kernels and push_pull in a few minutes, as ratios
-	PYTHONPATH=. $(PY) benchmarks/kernels.py --quick
-	PYTHONPATH=. $(PY) benchmarks/push_pull.py --quick
+	$(PY) -m benchmarks.kernels --quick
+	$(PY) -m benchmarks.push_pull --quick
 
 bench: $(TORCH)/.ready ## the same at length, beside torch
-	PYTHONPATH=. $(TORCH)/bin/python benchmarks/kernels.py
-	PYTHONPATH=. $(TORCH)/bin/python benchmarks/push_pull.py
+	$(TORCH)/bin/python -m benchmarks.kernels
+	$(TORCH)/bin/python -m benchmarks.push_pull
 
 openapi: $(VENV)/.ready ## write docs/openapi.json
 	PYTHONPATH=. $(PY) scripts/openapi.py

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def accuracy(params: Params, x: F32, y: NDArray[np.int64]) -> float:
     return float(((active @ params["w3"] + params["b3"]).argmax(axis=1) == y).mean())
 
 
-def _log_softmax(logits: F32) -> F32:
+def _log_softmax(logits: NDArray[Any]) -> F32:
     shifted = logits - logits.max(axis=1, keepdims=True)
     result: F32 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -29,6 +29,9 @@ from typing import Any, ClassVar
 from fastapi import FastAPI, Request, Response
 from gradpost.protocol import PROBLEM, PROBLEM_PREFIX
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 class ServiceError(Exception):
@@ -442,14 +445,26 @@ def problem_response(error: ServiceError) -> Response:
     )
 
 
-def from_http(error: HTTPException, method: str, path: str) -> ServiceError:
+def from_http(error: HTTPException, request: Request) -> ServiceError:
     """Translates what the router raises by itself into our tree."""
     if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow", "")
-        return MethodNotAllowed(f"{method} is not defined here; allowed: {allow or 'see /docs'}.")
+        methods = ", ".join(allowed(request))
+        return MethodNotAllowed(f"{request.method} is not defined here; allowed: {methods}.")
     if error.status_code == 404:
-        return NotFound(f"Nothing is served at {path[:200]}; /openapi.json lists the calls.")
+        path = request.url.path[:200]
+        return NotFound(f"Nothing is served at {path}; /openapi.json lists the calls.")
     return BadRequest(str(error.detail))
+
+
+def allowed(request: Request) -> list[str]:
+    """The methods of a path: the router's own Allow has only those of the first route of it."""
+    routes = request.app.routes
+    scopes = ({**request.scope, "method": method} for method in METHODS)
+    return [
+        scope["method"]
+        for scope in scopes
+        if any(route.matches(scope)[0] is Match.FULL for route in routes)
+    ]
 
 
 def install(app: FastAPI) -> None:
@@ -462,11 +477,11 @@ def install(app: FastAPI) -> None:
 
     async def route_missing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        mine = from_http(error, request.method, request.url.path)
+        mine = from_http(error, request)
         request.scope["gradpost.refusal"] = mine.slug
         response = problem_response(mine)
-        if allow := (error.headers or {}).get("Allow"):
-            response.headers["Allow"] = allow
+        if mine.status == 405:
+            response.headers["Allow"] = ", ".join(allowed(request))
         return response
 
     app.add_exception_handler(ServiceError, refuse)
