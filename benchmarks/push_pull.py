@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import urllib3
-from gradpost import Buffer, Session
 
 from benchmarks.echoes import receive
+from gradpost import Buffer, Session
 from kernels import cpu
 from kernels.pool import Pool
 from kernels.registry import RULES

@@ -20,11 +20,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from gradpost import Buffer, RetryPolicy, Session
-from gradpost.errors import GradpostError
 from tqdm import tqdm
 
 from examples import digits
+from gradpost import Buffer, RetryPolicy, Session
+from gradpost.errors import GradpostError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

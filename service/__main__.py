@@ -228,7 +228,6 @@ def health(settings: Settings) -> int:
 
 def _warm(rules: list[str]) -> int:
     from kernels.registry import RULES
-
     from service.warm import warm
 
     unknown = sorted(set(rules) - set(RULES))

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import uvicorn
-from gradpost.protocol import PROBLEM
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from gradpost.protocol import PROBLEM
 from service.errors import BadRequest, RequestTimeout
 
 TESTED_UVICORN = "0.54.0"

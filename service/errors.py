@@ -27,9 +27,10 @@ import json
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request, Response
-from gradpost.protocol import PROBLEM, PROBLEM_PREFIX
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+
+from gradpost.protocol import PROBLEM, PROBLEM_PREFIX
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from gradpost.protocol import EPOCH, REQUEST_ID, STEP, SUMMARY, VERSION
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gradpost.protocol import EPOCH, REQUEST_ID, STEP, SUMMARY, VERSION
 from service import auth, logs
 from service.errors import Internal, ServiceError, problem_response
 from service.metrics import Metrics

@@ -22,6 +22,29 @@ SOON_RULES = (
     *("yogi", "lamb", "lars", "adafactor", "muon"),
 )
 
+_DECAY = "a decay lies in [0, 1): at 1 the average never takes in a gradient"
+REASONS: dict[str, str] = {
+    "lr": "a step size is finite and at least 0, which freezes the parameters; to go uphill say "
+    "maximize",
+    "betas": f"two numbers, and {_DECAY}",
+    "beta": _DECAY,
+    "alpha": _DECAY,
+    "rho": "a decay lies in [0, 1], as torch has it",
+    "eps": "finite and at least 0: it is added to keep a denominator away from 0",
+    "weight_decay": "finite and at least 0: below 0 the parameters would grow by themselves",
+    "lr_decay": "finite and at least 0: the lr falls as lr / (1 + steps * lr_decay)",
+    "initial_accumulator_value": "finite and at least 0: a sum of squares starts there",
+    "momentum": "finite and at least 0; 0 is none",
+    "dampening": "a finite number",
+    "nesterov": "true or false",
+    "amsgrad": "true or false",
+    "centered": "true or false",
+    "maximize": "true or false",
+    "eps_inside_sqrt": "true or false",
+    "max_staleness": "a whole number of versions from 0, or null for any number",
+}
+"""Why a range is as it is, by field: added to what was wrong."""
+
 
 def nearest(word: str, known: list[str]) -> str:
     """A clause that names the nearest known word, or lists them all."""
@@ -37,6 +60,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     soon: ClassVar[dict[str, str]] = {}
+    beside: ClassVar[tuple[str, ...]] = ()  # names that whoever calls takes out before
 
     @model_validator(mode="before")
     @classmethod
@@ -46,6 +70,7 @@ class Strict(BaseModel):
         for name in data:
             if not isinstance(name, str) or name in cls.model_fields:
                 continue
+            name = name.encode("utf-8", "replace").decode()[:80]  # no lone surrogates in messages
             if name in cls.soon:
                 raise PydanticCustomError(
                     "not_supported_yet",
@@ -55,7 +80,7 @@ class Strict(BaseModel):
             raise PydanticCustomError(
                 "unknown_field",
                 "There is no field {field}; {hint}",
-                {"field": name[:80], "hint": nearest(name[:80], list(cls.model_fields))},
+                {"field": name, "hint": nearest(name, [*cls.model_fields, *cls.beside])},
             )
         return data
 

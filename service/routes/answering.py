@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastapi import Request, Response
+
 from gradpost.protocol import EPOCH, JSON, SAFETENSORS, STEP, SUMMARY, VERSION
 from gradpost.protocol.dtypes import DTYPES, NUMPY
 from gradpost.protocol.tensors import build_header
 from gradpost.protocol.versions import etag
-
 from service.answers import TensorAnswer
 from service.errors import InvalidRequest, NotAcceptable
 from service.sessions.session import Outcome, Session

@@ -3,7 +3,6 @@
 from typing import Any
 
 from gradpost.protocol import JSON, OCTET, PROBLEM, SAFETENSORS
-
 from service.errors import BY_SLUG
 from service.schemas import Problem
 

@@ -16,7 +16,11 @@ router = APIRouter(prefix="/v1/sessions", tags=["history"])
     responses={200: {"model": HistoryAnswer}, **refusals(*SESSION, "invalid-request")},
     openapi_extra={
         "parameters": [
-            query("limit", "Steps at most (1000).", {"type": "integer", "minimum": 1}),
+            query(
+                "limit",
+                "Steps at most (1000).",
+                {"type": "integer", "minimum": 1, "maximum": 1 << 31},
+            ),
             query("after_step", "Only later steps.", COUNT),
         ]
     },

@@ -1,10 +1,10 @@
 """Parameters: upload, and pull."""
 
 from fastapi import APIRouter, Request, Response
-from gradpost.protocol import JSON
-from gradpost.protocol.versions import etag
 from starlette.responses import JSONResponse
 
+from gradpost.protocol import JSON
+from gradpost.protocol.versions import etag
 from service.errors import EpochChanged
 from service.routes import reading
 from service.routes.answering import not_modified, params_answer, wanted

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi import Request
+
 from gradpost.protocol import JSON, MAX_HEADER_BYTES, SAFETENSORS
 from gradpost.protocol.dtypes import DTYPES, NUMPY
-
 from service.connection import body as stream
 from service.errors import InvalidRequest, TensorMismatch, UnsupportedMediaType
 from service.limits import Budget

@@ -3,10 +3,10 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from gradpost.protocol import JSON, OCTET, SAFETENSORS
-from kernels.registry import RULES
 from starlette.responses import JSONResponse
 
+from gradpost.protocol import JSON, OCTET, SAFETENSORS
+from kernels.registry import RULES
 from service.limits import table
 
 router = APIRouter(tags=["server"])

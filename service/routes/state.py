@@ -4,9 +4,9 @@ import json as plain_json
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from gradpost.protocol import EPOCH, JSON, SAFETENSORS, STEP, VERSION
 from starlette.responses import JSONResponse
 
+from gradpost.protocol import EPOCH, JSON, SAFETENSORS, STEP, VERSION
 from service.answers import TensorAnswer
 from service.errors import NotAcceptable
 from service.routes import reading

@@ -1,8 +1,9 @@
 """The hot route: push gradients, get a summary, and the new parameters if wanted."""
 
 from fastapi import APIRouter, Request, Response
-from gradpost.protocol import JSON
 
+from gradpost.protocol import JSON
+from service.errors import ServiceError
 from service.routes import reading
 from service.routes.answering import params_answer, summary_answer, wanted
 from service.routes.documents import (
@@ -20,6 +21,7 @@ from service.routes.documents import (
 )
 from service.schemas import StepSummary, one_of_each, parse_prefer
 from service.sessions.session import Session
+from service.wire.fit import select
 from service.wire.media import choose_accept
 
 router = APIRouter(prefix="/v1/sessions", tags=["steps"])
@@ -90,12 +92,19 @@ async def push(id: str, request: Request) -> Response:
         names = tuple(value for name, value in pairs if name == "names") or None
     want = wanted(media, names, dtype)
     with_params = media.kind != "json" or prefers.representation
+    if names is not None:
+        select(session.ready.layout, names)  # after the push nothing may be refused any more
     with state.uploads:
         gradient = await reading.gradient(request, session, control)
         outcome = await session.push(gradient, hold=with_params)
     if not with_params:
         return summary_answer(session, outcome)
-    held = outcome.held or await session.hold(None, state.settings.wait_cap_s)
-    return await params_answer(
-        session, held, want, outcome.summary.answer(replayed=outcome.replayed)
-    )
+    try:
+        held = outcome.held or await session.hold(None, state.settings.wait_cap_s)
+        return await params_answer(
+            session, held, want, outcome.summary.answer(replayed=outcome.replayed)
+        )
+    except ServiceError:
+        # A 4xx says that nothing changed. This push was applied, and only its parameters can't be
+        # given in the form that was asked for: the summary alone says so, and a pull says why.
+        return summary_answer(session, outcome)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gradpost.protocol.versions import parse_version
-
 from service.errors import BadRequest, NotSupportedYet
 from service.hyper import nearest
 from service.schemas.spec import invalid
@@ -132,14 +131,17 @@ def _loss(value: Any, *, text: bool) -> float:
 
 def parse_prefer(value: str | None, wait_cap_s: float) -> Prefer:
     """Reads a Prefer header; what is not understood is ignored, as RFC 7240 has it."""
-    wait_s, representation = 0.0, False
-    for item in (value or "").split(","):
+    if not value:
+        return Prefer(0.0, False)
+    asked: dict[str, str] = {}
+    for item in value.split(","):
         name, _, given = item.partition(";")[0].strip().partition("=")
-        given = given.strip().strip('"')
-        if name.lower() == "return" and given.lower() == "representation":
-            representation = True
-        if name.lower() == "wait" and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", given):
-            wait_s = min(float(given), wait_cap_s)
+        # Of a preference that is stated twice the first counts.
+        asked.setdefault(name.strip().lower(), given.strip().strip('"'))
+    wait = asked.get("wait", "")
+    patient = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", wait)
+    wait_s = min(float(wait), wait_cap_s) if patient else 0.0
+    representation = asked.get("return", "").lower() == "representation"
     return Prefer(wait_s, representation)
 
 

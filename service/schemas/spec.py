@@ -2,8 +2,10 @@
 
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, ValidationError
 
+from gradpost.protocol.dtypes import NUMPY
 from service.errors import (
     DeviceUnavailable,
     InvalidRequest,
@@ -11,7 +13,16 @@ from service.errors import (
     ServiceError,
     Structural,
 )
-from service.hyper import BY_NAME, SOON_RULES, AnyRule, Optimizer, Strict, has_buffer, nearest
+from service.hyper import (
+    BY_NAME,
+    REASONS,
+    SOON_RULES,
+    AnyRule,
+    Optimizer,
+    Strict,
+    has_buffer,
+    nearest,
+)
 
 _LATER = "other update modes come later; this version has async"
 
@@ -48,6 +59,7 @@ class Spec(Strict):
         "log_slots": "durability log",
         "preset": "named presets of defaults",
     }
+    beside: ClassVar[tuple[str, ...]] = ("params",)
     optimizer: Optimizer
     device: str = Field("cpu", min_length=1, max_length=64)
     dtype: Literal["F32", "F64"] = Field("F32", description="Of parameters and state.")
@@ -95,6 +107,7 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
         raise from_pydantic(error) from None
     except (OverflowError, RecursionError):
         raise invalid("", "A number does not fit a float64; send finite numbers.") from None
+    _check_range(spec)
     if spec.update.on_stale == "scale" and spec.update.max_staleness is None:
         raise invalid("update.on_stale", "scale needs max_staleness: from where on to scale.")
     if spec.device != "cpu":
@@ -105,6 +118,17 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
             available=["cpu"],
         )
     return spec, spec.model_dump(mode="json", exclude_unset=True)
+
+
+def _check_range(spec: Spec) -> None:
+    """Refuses numbers that are infinite in the dtype that the kernels compute in."""
+    largest = float(np.finfo(NUMPY[spec.dtype]).max)
+    for name, value in spec.optimizer:
+        if isinstance(value, float) and abs(value) > largest:
+            raise invalid(
+                f"optimizer.{name}",
+                f"At most {largest:.9g} in size, the largest number of {spec.dtype}.",
+            )
 
 
 def _refuse_soon(obj: dict[str, Any]) -> None:
@@ -155,6 +179,8 @@ def apply_patch(spec: Spec, patch: object) -> Spec:
     """
     if not isinstance(patch, dict) or not patch:
         raise invalid("", 'Send an object with the fields to change, as {"optimizer": {"lr": 1}}.')
+    if "params" in patch:
+        raise invalid("params", "A PATCH changes no parameters; PUT them to the session's params.")
     base = spec.model_dump(mode="json")
     for name, value in patch.items():
         if name in ("optimizer", "update") and isinstance(value, dict):
@@ -197,7 +223,7 @@ def invalid(field: str, message: str) -> InvalidRequest:
 def from_pydantic(error: ValidationError) -> ServiceError:
     """Pydantic's findings as one of our refusals, with no input echoed that JSON can't carry."""
     errors = []
-    for item in error.errors(include_url=False, include_context=True, include_input=True):
+    for item in error.errors(include_url=False, include_context=True, include_input=False):
         path = [str(part) for part in item["loc"]]
         # The discriminated union puts the rule's name into the path; nobody wrote it there.
         if len(path) > 1 and path[0] == "optimizer" and path[1] in BY_NAME:
@@ -205,9 +231,27 @@ def from_pydantic(error: ValidationError) -> ServiceError:
         context = item.get("ctx", {})
         if item["type"] in ("not_supported_yet", "unknown_field"):
             path.append(str(context.get("field", "")))
+        elif item["type"].startswith("union_tag"):
+            path.append("rule")
+        elif item["type"] == "nesterov":
+            path.append("nesterov")
         field = ".".join(path)
         if item["type"] == "not_supported_yet":
             return NotSupportedYet(f"{field}: {item['msg']}", field=field)
-        errors.append({"field": field[:200], "message": item["msg"]})
+        errors.append({"field": field[:200], "message": _sentence(item["type"], path, item["msg"])})
     first = errors[0]
     return InvalidRequest(f"{first['field']}: {first['message']}", errors=errors[:20])
+
+
+def _sentence(kind: str, path: list[str], message: str) -> str:
+    """What was wrong, and what to send instead."""
+    name = next((part for part in reversed(path) if not part.isdigit()), "")
+    if kind.startswith("union_tag"):
+        return f"Name the rule: one of {', '.join(BY_NAME)}."
+    if kind in ("missing", "model_type", "model_attributes_type") and name == "optimizer":
+        return 'Send an object that names the rule, such as {"rule": "adam"}.'
+    if kind == "model_type":
+        return "Send an object, or leave it out."
+    if name in REASONS and kind not in ("unknown_field", "nesterov"):
+        return f"{message}: {REASONS[name]}."
+    return message if message.endswith((".", "?")) else message + "."

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from gradpost.protocol.dtypes import DTYPES, NUMPY
 from numpy.typing import NDArray
 
+from gradpost.protocol.dtypes import DTYPES, NUMPY
 from kernels import convert, cpu, reduce
 from kernels.pool import Pool
 from kernels.registry import RULES, Slot
@@ -289,9 +289,11 @@ class Session:
         hyper, rule = self.hyper, RULES[self.spec.optimizer.rule]
         # Everything that may fail (a compiler, an allocation) comes before the first write.
         loop = cpu.kernel(rule.variant(hyper), self.spec.dtype, gradient.dtype)
-        coefficients = [
-            np.array(rule.coefficients(hyper, run.updates, lr), self._dtype) for run in arena.runs
-        ]
+        with np.errstate(over="ignore"):  # a product of hyperparameters may overflow, as in torch
+            coefficients = [
+                np.array(rule.coefficients(hyper, run.updates, lr), self._dtype)
+                for run in arena.runs
+            ]
         before, after = arena.versions.begin()
         try:
             finite = yield [

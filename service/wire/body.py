@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 
 from gradpost.protocol import MAX_HEADER_BYTES, SAFETENSORS
 from gradpost.protocol.dtypes import DTYPES
-
 from service.errors import BadRequest, BodyTooLarge, LengthRequired
 from service.wire.reader import LayoutLike, Reader, overlong, truncated
 

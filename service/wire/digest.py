@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import xxhash
-from gradpost.protocol.dtypes import NUMPY, from_bf16
 
+from gradpost.protocol.dtypes import NUMPY, from_bf16
 from service.wire.reader import Flat
 
 BLOCK = 65536

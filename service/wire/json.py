@@ -15,9 +15,9 @@ from math import prod
 from typing import Any, NoReturn
 
 import numpy as np
+
 from gradpost.protocol import SAFETENSORS
 from gradpost.protocol.dtypes import NUMPY, from_bf16
-
 from service.errors import BodyTooLarge, InvalidJson, InvalidTensors, Nonfinite, NotAcceptable
 from service.wire.fit import check_whole, select
 from service.wire.reader import MAX_DIMS, EntryLike, Flat, LayoutLike

@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 
 from gradpost.protocol import JSON, OCTET, SAFETENSORS
 from gradpost.protocol.dtypes import DTYPES
-
 from service.errors import NotAcceptable, UnsupportedEncoding, UnsupportedMediaType
 
 Kind = Literal["safetensors", "raw", "json"]

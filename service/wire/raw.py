@@ -6,7 +6,6 @@ No names and no shapes: sender and receiver must mean the same layout, and the l
 from collections.abc import Iterable, Mapping
 
 from gradpost.protocol.dtypes import DTYPES
-
 from service.errors import InvalidTensors, TensorMismatch
 from service.wire.fit import select
 from service.wire.reader import (

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from gradpost.protocol.dtypes import DTYPES
 from numpy.typing import NDArray
 
+from gradpost.protocol.dtypes import DTYPES
 from service.errors import InvalidTensors, TensorMismatch
 
 Bytes = NDArray[np.uint8]

@@ -11,9 +11,11 @@ every machine we run on are little-endian, so bytes are copied as they are.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
 from gradpost.protocol.dtypes import DTYPES
 from gradpost.protocol.tensors import (
     Header,
@@ -23,7 +25,6 @@ from gradpost.protocol.tensors import (
     header_length,
     parse_header,
 )
-
 from service.errors import InvalidTensors, TensorMismatch
 from service.wire.fit import check_whole, select
 from service.wire.reader import (
@@ -46,6 +47,14 @@ from service.wire.reader import (
 Place = Callable[[Header], Scatter]
 
 _PREFIX = 8
+_REMEMBERED = 16_384
+"""Bytes of a header up to which it is remembered: a trainer sends the same one with each push."""
+
+
+@lru_cache(maxsize=256)
+def _parsed(raw: bytes, length: int) -> Header:
+    """As `parse_header`; nobody may change what it returns."""
+    return parse_header(raw, length)
 
 
 class Piece(NamedTuple):
@@ -161,8 +170,11 @@ class SafetensorsReader:
 
     def _parse(self) -> Header:
         """The parsed header."""
+        raw = bytes(self._head[_PREFIX:])
         try:
-            return parse_header(bytes(self._head[_PREFIX:]), self._length)
+            if len(raw) > _REMEMBERED:
+                return parse_header(raw, self._length)
+            return _parsed(raw, self._length)
         except HeaderError as error:
             raise InvalidTensors(str(error)) from None
 

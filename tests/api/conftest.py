@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+
 from gradpost import InProcess
 from gradpost.protocol import JSON, PROBLEMS
 from gradpost.transport import read_all
-
 from service.app import create_app
 from service.settings import Settings
 

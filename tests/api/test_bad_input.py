@@ -5,8 +5,8 @@ import struct
 
 import numpy as np
 import pytest
-from gradpost.protocol import OCTET, SAFETENSORS
 
+from gradpost.protocol import OCTET, SAFETENSORS
 from tests.api.conftest import GRADS, PARAMS, check_problem
 
 DATA = np.arange(9, dtype=np.float32).tobytes()

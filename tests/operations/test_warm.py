@@ -1,6 +1,6 @@
 import pytest
-from kernels.registry import RULES
 
+from kernels.registry import RULES
 from service.warm import combinations, variants
 
 

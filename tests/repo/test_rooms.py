@@ -101,7 +101,6 @@ def test_one_version():
     client = tomllib.loads((ROOT / "client/pyproject.toml").read_text())["project"]["version"]
     changes = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
     from gradpost import __version__
-
     from service.routes.server import VERSION
 
     assert {root, client, changes, __version__, VERSION} == {root}
@@ -117,7 +116,6 @@ def test_links_of_the_documents_lead_somewhere():
 
 def test_the_trainer_of_the_readme_trains(monkeypatch, capsys):
     from gradpost import InProcess, Session
-
     from service.app import create_app
     from service.settings import Settings
 

@@ -4,8 +4,8 @@ import asyncio
 
 import numpy as np
 import pytest
-from gradpost.protocol.dtypes import NUMPY
 
+from gradpost.protocol.dtypes import NUMPY
 from kernels.pool import Pool
 from service.errors import (
     EpochChanged,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradpost.calls import Calls, path_of, read_json
 from gradpost.errors import ClosedError, PreconditionFailed, SessionGone, TransportError
 from gradpost.http import Http
-from gradpost.protocol import EPOCH, SAFETENSORS, SUMMARY, VERSION
+from gradpost.protocol import EPOCH, JSON, SAFETENSORS, SUMMARY, VERSION
 from gradpost.protocol.versions import format_version
 from gradpost.retry import Retrier, RetryPolicy
 from gradpost.summary import Summary
@@ -225,14 +225,19 @@ class Session:
         asked = () if dtype is None else (("dtype", dtype),)
         path, body = self._push_of(grads, loss, base_version, asked)
         headers = {**_BINARY, "Accept": SAFETENSORS}
-        received, said = self._run(
+        summary, received = self._run(
             lambda timeout: self._calls.send(
-                "POST", path, lambda answer: _tensors(answer, into), timeout,
-                headers=headers, body=body,
+                "POST",
+                path,
+                lambda answer: self._answered(answer, into),
+                timeout,
+                headers=headers,
+                body=body,
             )
-        )  # fmt: skip
-        self._pulled(said)
-        return Summary.of(json.loads(said[SUMMARY])), received.tensors
+        )
+        if received is None:  # applied, but its parameters can't be had in this form: pull says why
+            return summary, self.pull(into=into, dtype=dtype)
+        return summary, received
 
     def pull(
         self,
@@ -368,6 +373,14 @@ class Session:
             self.set_params(params, first_only=True)
         except PreconditionFailed:
             self.info()
+
+    def _answered(self, answer: Answer, into: Buffer | None) -> tuple[Summary, Params | None]:
+        """The summary of a push, and the parameters if the server sent them."""
+        if (answer.headers.get("Content-Type") or "").startswith(JSON):
+            return Summary.of(read_json(answer)), None
+        received, said = _tensors(answer, into)
+        self._pulled(said)
+        return Summary.of(json.loads(said[SUMMARY])), received.tensors
 
     def _push_of(
         self,

@@ -1,6 +1,6 @@
 """From arrays to the parts of a body, and from a body to arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 from gradpost.errors import TransportError
 from gradpost.protocol.dtypes import DTYPES, NUMPY, name_of
-from gradpost.protocol.tensors import build_header, header_length, parse_header
+from gradpost.protocol.tensors import HeaderError, build_header, header_length, parse_header
 from gradpost.transport import Answer, Part
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Any]
 
+_SMALL = 1 << 16
 _SLICE = 1 << 20  # urllib3 reads fastest into slices of this size
 
 
@@ -86,22 +87,44 @@ def decode(answer: Answer, into: Array | None) -> Received:
         into: uint8 buffer to reuse if it is large enough; its former contents are lost.
 
     Raises:
-        TransportError: The body broke off.
+        TransportError: The body broke off, or is no safetensors body.
     """
-    first = bytearray(8)
-    _fill(answer, memoryview(first))
-    raw = bytearray(header_length(bytes(first)))
-    _fill(answer, memoryview(raw))
-    header = parse_header(bytes(raw), None)
+    length = answer.headers.get("Content-Length") or ""
+    whole = b""
+    if length.isdigit() and int(length) <= _SMALL:
+        whole = read_exactly(answer, int(length))  # each read of urllib3 costs more than a copy
+    first = whole[:8] or read_exactly(answer, 8)
+    try:
+        size = header_length(first)
+        header = parse_header(whole[8 : 8 + size] or read_exactly(answer, size), None)
+    except HeaderError as error:
+        raise TransportError(f"The answer is broken: {error}") from error
     if into is None or into.size < header.data_bytes:
         into = np.empty(header.data_bytes, np.uint8)
-    _fill(answer, into[: header.data_bytes].data)
-    if answer.readinto(memoryview(first)):
-        raise TransportError("The answer goes on after its last tensor.")
+    if whole:
+        data = np.frombuffer(whole, np.uint8)[8 + size :]
+        if data.size != header.data_bytes:
+            raise TransportError("The answer's length is not that of its tensors.")
+        into[: data.size] = data
+    else:
+        _fill(answer, into[: header.data_bytes].data)
+        if answer.readinto(memoryview(bytearray(1))):
+            raise TransportError("The answer goes on after its last tensor.")
     tensors = {
         t.name: _view(into[t.begin : t.end], t.dtype).reshape(t.shape) for t in header.tensors
     }
     return Received(tensors, dict(header.metadata), into)
+
+
+def read_exactly(answer: Answer, size: int) -> bytes:
+    """The next `size` bytes of an answer.
+
+    Raises:
+        TransportError: It broke off.
+    """
+    out = bytearray(size)
+    _fill(answer, memoryview(out))
+    return bytes(out)
 
 
 def _view(data: Array, dtype: str) -> Array:
@@ -117,8 +140,3 @@ def _fill(answer: Answer, view: memoryview) -> None:
         if not got:
             raise TransportError(f"The answer broke off after {done} of {len(view)} bytes.")
         done += got
-
-
-def total(parts: Sequence[Part]) -> int:
-    """Bytes of a body."""
-    return sum(map(len, parts))

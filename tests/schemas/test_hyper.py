@@ -1,0 +1,211 @@
+"""Hyperparameters: defaults, ranges with their reasons, and nothing that is silently ignored."""
+
+import json
+import math
+
+import pytest
+
+from kernels.registry import RULES
+from service.errors import DeviceUnavailable, InvalidRequest, NotSupportedYet
+from service.hyper import BY_NAME, SOON, SOON_RULES
+from service.schemas import parse_spec
+
+DEFAULTS = {
+    "sgd": {"lr": 0.001, "momentum": 0.0, "dampening": 0.0, "nesterov": False},
+    "momentum": {"lr": 0.001, "beta": 0.9},
+    "adagrad": {"lr": 0.01, "lr_decay": 0.0, "initial_accumulator_value": 0.0, "eps": 1e-10},
+    "rmsprop": {
+        **{"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "eps_inside_sqrt": True},
+        **{"momentum": 0.0, "centered": False},
+    },
+    "adadelta": {"lr": 1.0, "rho": 0.9, "eps": 1e-6},
+    "adam": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False},
+    "adamw": {
+        **{"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False},
+        **{"weight_decay": 0.01},
+    },
+}
+
+
+def spec(rule, **hyper):
+    return parse_spec({"optimizer": {"rule": rule, **hyper}})[0]
+
+
+def refused(rule, **hyper):
+    with pytest.raises(InvalidRequest) as caught:
+        spec(rule, **hyper)
+    error = caught.value
+    assert error.context["errors"]
+    for item in error.context["errors"]:
+        assert item["field"].startswith("optimizer")
+        assert len(item["message"]) > 15
+        assert item["message"].endswith((".", "?"))
+    json.dumps(error.problem(), allow_nan=False).encode()
+    return error.context["errors"][0]
+
+
+@pytest.mark.parametrize("rule", BY_NAME)
+def test_defaults_are_echoed(rule):
+    echoed = spec(rule).model_dump(mode="json")["optimizer"]
+    assert echoed == {"rule": rule, "weight_decay": 0.0, "maximize": False, **DEFAULTS[rule]}
+
+
+def test_every_rule_of_the_kernels_has_hyperparameters():
+    assert BY_NAME.keys() == RULES.keys() == DEFAULTS.keys()
+    for rule in RULES:
+        hyper = spec(rule).optimizer.model_dump()
+        assert len(RULES[rule].coefficients(hyper, 0, hyper["lr"])) >= 1
+
+
+NUMBERS = [
+    (rule, name)
+    for rule, defaults in DEFAULTS.items()
+    for name, value in {"weight_decay": 0.0, **defaults}.items()
+    if isinstance(value, float)
+]
+
+
+@pytest.mark.parametrize(("rule", "name"), NUMBERS)
+@pytest.mark.parametrize(
+    "value", [math.inf, -math.inf, math.nan, 10**400, -(10**400), "0.1", True, None, [0.1], {}]
+)
+def test_a_number_is_a_finite_number(rule, name, value):
+    assert refused(rule, **{name: value})["field"] == f"optimizer.{name}"
+
+
+@pytest.mark.parametrize(("rule", "name"), [x for x in NUMBERS if x[1] != "dampening"])
+def test_no_number_is_negative(rule, name):
+    assert refused(rule, **{name: -1e-12})["field"] == f"optimizer.{name}"
+
+
+@pytest.mark.parametrize(("rule", "name"), NUMBERS)
+def test_zero_and_whole_numbers_are_numbers(rule, name):
+    value = getattr(spec(rule, **{name: 0}).optimizer, name)
+    assert value == 0
+    assert isinstance(value, float)
+
+
+@pytest.mark.parametrize(("rule", "name"), [("momentum", "beta"), ("rmsprop", "alpha")])
+@pytest.mark.parametrize("value", [1, 1.0, 1.5])
+def test_a_decay_of_one_is_refused_with_the_reason(rule, name, value):
+    assert "never takes in a gradient" in refused(rule, **{name: value})["message"]
+
+
+# torch.testing's optim_db: the bad inputs of the rules that are here, by hand, so that no torch is
+# needed. (Bad learning rates and weight decays of every rule are covered above.)
+TORCH_REFUSES = [
+    ("adadelta", {"lr": 1e-2, "rho": 1.1}),
+    ("adagrad", {"lr": 1e-2, "lr_decay": -0.5}),
+    ("adagrad", {"initial_accumulator_value": -0.5}),
+    ("adam", {"lr": 1e-2, "betas": [1.0, 0.0]}),
+    ("adam", {"lr": 1e-2, "betas": [0.0, 1.0]}),
+    ("adam", {"lr": 1e-2, "betas": [-0.1, 0.9]}),
+    ("adam", {"lr": 1e-2, "weight_decay": -1}),
+    ("adam", {"lr": 1e-2, "eps": -1e-8}),
+    ("adam", {"lr": [0.001]}),
+    ("adamw", {"lr": 1e-2, "betas": [1.0, 0.0]}),
+    ("adamw", {"lr": 1e-2, "weight_decay": -1}),
+    ("rmsprop", {"lr": 1e-2, "momentum": -1.0}),
+    ("rmsprop", {"lr": 1e-2, "alpha": -0.1}),
+    ("sgd", {"lr": 1e-2, "momentum": -0.5}),
+    ("sgd", {"lr": 1e-2, "nesterov": True}),
+    ("sgd", {"lr": 1e-2, "nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+    ("sgd", {"lr": "elephant"}),
+    ("sgd", {"lr": -0.5}),
+]
+
+
+@pytest.mark.parametrize(("rule", "hyper"), TORCH_REFUSES)
+def test_what_torch_refuses_is_refused(rule, hyper):
+    refused(rule, **hyper)
+
+
+def test_what_torch_allows_at_the_edges():
+    assert spec("adam", betas=[0, 0], eps=0, lr=0).optimizer.betas == (0.0, 0.0)
+    assert spec("adadelta", rho=1).optimizer.rho == 1.0
+    assert spec("sgd", momentum=1.5, dampening=-2).optimizer.dampening == -2.0
+    assert spec("sgd", nesterov=True, momentum=0.9).optimizer.nesterov
+
+
+@pytest.mark.parametrize("betas", [[], [0.9], [0.9, 0.9, 0.9], "ab", {"0": 0.9, "1": 0.9}, 0.9])
+def test_betas_are_two_numbers(betas):
+    assert "two numbers" in refused("adam", betas=betas)["message"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [("adam", "amsgrad"), ("sgd", "nesterov"), ("rmsprop", "centered"), ("adam", "maximize")],
+)
+@pytest.mark.parametrize("value", [0, 1, "true", None])
+def test_a_switch_is_true_or_false(rule, name, value):
+    assert "true or false" in refused(rule, **{name: value})["message"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong", "right"),
+    [
+        ("adam", "beta", "betas"),
+        ("adam", "learning_rate", None),
+        ("adam", "LR", None),
+        ("adam", "weigth_decay", "weight_decay"),
+        ("adam", "esp", "eps"),
+        ("adam", "amsgrd", "amsgrad"),
+        ("sgd", "momentun", "momentum"),
+        ("sgd", "nestrov", "nesterov"),
+        ("rmsprop", "eps_inside_root", "eps_inside_sqrt"),
+        ("momentum", "betas", "beta"),
+        ("adagrad", "initial_accumulator", "initial_accumulator_value"),
+        ("adam", "x" * 10_000, None),
+        ("adam", "lr\ud800", "lr"),
+    ],
+)
+def test_a_misspelt_field_is_told_the_nearest_right_name(rule, wrong, right):
+    message = refused(rule, **{wrong: 0.5})["message"]
+    if right:
+        assert message.endswith(f"did you mean {right!r}?")
+    else:
+        assert "known here: " in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("adm", "adam"), ("Adam", "adam"), ("rms_prop", "rmsprop"), ("sdg", "sgd"), ("zzz", None)],
+)
+def test_a_misspelt_rule_is_told_the_nearest(wrong, right):
+    message = refused(wrong)["message"]
+    assert f"did you mean {right!r}?" in message if right else "known here: " in message
+
+
+@pytest.mark.parametrize("optimizer", [None, {}, [], "adam", 1, {"rule": 1}, {"rule": ["adam"]}])
+def test_an_optimizer_names_its_rule(optimizer):
+    with pytest.raises(InvalidRequest, match=r"adam"):
+        parse_spec({"optimizer": optimizer})
+
+
+@pytest.mark.parametrize("rule", SOON_RULES)
+def test_later_rules_are_not_supported_yet(rule):
+    with pytest.raises(NotSupportedYet, match=rule) as caught:
+        spec(rule)
+    assert caught.value.context["field"] == "optimizer.rule"
+    assert "adamw" in caught.value.detail
+
+
+@pytest.mark.parametrize("rule", BY_NAME)
+@pytest.mark.parametrize("name", SOON)
+def test_later_fields_are_not_supported_yet(rule, name):
+    with pytest.raises(NotSupportedYet, match=name) as caught:
+        spec(rule, **{name: True})
+    assert caught.value.context["field"] == f"optimizer.{name}"
+
+
+def test_a_number_beyond_the_master_dtype_is_refused():
+    assert "F32" in refused("adam", lr=1e39)["message"]
+    wide, _ = parse_spec({"optimizer": {"rule": "adam", "lr": 1e39}, "dtype": "F64"})
+    assert wide.optimizer.lr == 1e39
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda", "mps", "CPU", "cpu:0"])
+def test_another_device_is_not_available(device):
+    with pytest.raises(DeviceUnavailable, match="CPU only"):
+        parse_spec({"optimizer": {"rule": "adam"}, "device": device})
