@@ -150,13 +150,12 @@ def test_whatever_comes_is_parsed_or_refused(values, text):
         values = {name: str(value) for name, value in values.items()}
     try:
         control = parse_control(values, text=text)
-    except (InvalidRequest, NotSupportedYet) as error:
-        assert error.problem()["detail"]
-    else:
-        assert (control.worker is None) == (control.sequence is None)
-        assert control.sequence is None or 0 <= control.sequence < 1 << 63
-        assert control.loss is None or math.isfinite(control.loss)
-        assert control.canonical
+    except (InvalidRequest, NotSupportedYet):
+        return
+    assert (control.worker is None) == (control.sequence is None)
+    assert control.sequence is None or 0 <= control.sequence < 1 << 63
+    assert control.loss is None or math.isfinite(control.loss)
+    assert control.canonical
 
 
 @pytest.mark.parametrize("name", ["a", "0", "a.b", "a-b_c.0", "x" * 128])

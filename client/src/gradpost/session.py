@@ -68,8 +68,10 @@ class Session:
         worker: str | None = None,
         policy: RetryPolicy | None = None,
         seed: int | None = None,
+        close_transport: bool = False,
     ) -> None:
         self.id = id
+        self._close_transport = close_transport
         prefix = re.sub(r"[^A-Za-z0-9._-]", "-", worker or "worker")[:100]
         self.worker = f"{prefix}-{uuid.uuid4().hex[:12]}"
         self.version: Version = (1, 0)
@@ -140,6 +142,7 @@ class Session:
             worker=worker,
             policy=policy,
             seed=seed,
+            close_transport=isinstance(url, str),
         )
         session._note(session._document("PUT", path_of(session.id), spec))
         if params is not None:
@@ -166,7 +169,15 @@ class Session:
         """
         transport = Http(url, proxy=proxy, ca_certs=ca_certs) if isinstance(url, str) else url
         key = api_key or os.environ.get("GRADPOST_API_KEY")
-        session = cls(transport, id, api_key=key, worker=worker, policy=policy, seed=seed)
+        session = cls(
+            transport,
+            id,
+            api_key=key,
+            worker=worker,
+            policy=policy,
+            seed=seed,
+            close_transport=isinstance(url, str),
+        )
         session.info()
         return session
 
@@ -359,7 +370,8 @@ class Session:
             thread, self._thread = self._thread, None
         if thread is not None:
             thread.shutdown(wait=True)
-        self._calls.close()
+        if self._close_transport:  # one that was handed in may serve other sessions
+            self._calls.close()
 
     def __enter__(self) -> "Session":
         return self
