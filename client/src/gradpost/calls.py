@@ -92,4 +92,4 @@ def _refusal(answer: Answer) -> RefusedError:
     except TransportError:
         problem = {"detail": f"The server answered {answer.status} without a problem document."}
     pause = answer.headers.get("Retry-After") or ""
-    return refusal(answer.status, problem, float(pause) if pause.isdigit() else None)
+    return refusal(answer.status, problem, float(pause) if pause.isdecimal() else None)

@@ -66,8 +66,9 @@ def _wire(name: str, value: Any, master: str) -> tuple[str, Array]:
         return master, _cast(array, master)
     if DTYPES[dtype] > DTYPES[master]:
         return master, _cast(array, master)
+    little = array.dtype if dtype == "BF16" else NUMPY[dtype]  # the array may be big-endian
     shape = array.shape  # ascontiguousarray makes a scalar one-dimensional
-    return dtype, np.ascontiguousarray(array).reshape(shape)
+    return dtype, np.ascontiguousarray(array, little).reshape(shape)
 
 
 def _cast(value: Any, master: str) -> Array:
@@ -89,23 +90,20 @@ def decode(answer: Answer, into: Array | None) -> Received:
     Raises:
         TransportError: The body broke off, or is no safetensors body.
     """
-    length = answer.headers.get("Content-Length") or ""
+    length = _length(answer)
     whole = b""
-    if length.isdigit() and int(length) <= _SMALL:
-        whole = read_exactly(answer, int(length))  # each read of urllib3 costs more than a copy
+    if length is not None and length <= _SMALL:
+        whole = read_exactly(answer, length)  # each read of urllib3 costs more than a copy
     first = whole[:8] or read_exactly(answer, 8)
     try:
         size = header_length(first)
-        header = parse_header(whole[8 : 8 + size] or read_exactly(answer, size), None)
+        header = parse_header(whole[8 : 8 + size] or read_exactly(answer, size), length)
     except HeaderError as error:
         raise TransportError(f"The answer is broken: {error}") from error
     if into is None or into.size < header.data_bytes:
         into = np.empty(header.data_bytes, np.uint8)
     if whole:
-        data = np.frombuffer(whole, np.uint8)[8 + size :]
-        if data.size != header.data_bytes:
-            raise TransportError("The answer's length is not that of its tensors.")
-        into[: data.size] = data
+        into[: header.data_bytes] = np.frombuffer(whole, np.uint8)[8 + size :]
     else:
         _fill(answer, into[: header.data_bytes].data)
         if answer.readinto(memoryview(bytearray(1))):
@@ -114,6 +112,11 @@ def decode(answer: Answer, into: Array | None) -> Received:
         t.name: _view(into[t.begin : t.end], t.dtype).reshape(t.shape) for t in header.tensors
     }
     return Received(tensors, dict(header.metadata), into)
+
+
+def _length(answer: Answer) -> int | None:
+    text = answer.headers.get("Content-Length") or ""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def read_exactly(answer: Answer, size: int) -> bytes:

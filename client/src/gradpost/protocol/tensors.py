@@ -97,9 +97,10 @@ def build_header(
         The 8 bytes of length and the JSON, padded so that the data begins at a multiple of 8.
 
     Raises:
-        HeaderError: A name is double, reserved or unusable, or the header too long.
+        HeaderError: A name is double, reserved or unusable, a text no valid one, or the header
+            too long.
     """
-    fields: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    fields: dict[str, Any] = {_METADATA: _metadata(dict(metadata))} if metadata else {}
     begin = 0
     for name, dtype, shape in tensors:
         _check_name(name)
@@ -153,7 +154,18 @@ def _constant(text: str) -> NoReturn:
 def _metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise HeaderError(f"{_METADATA} must map text to text; write numbers as text.")
+    if not all(_encodes(key) and _encodes(text) for key, text in value.items()):
+        raise HeaderError(f"{_METADATA} holds half a surrogate pair; send valid text.")
     return value
+
+
+def _encodes(text: str) -> bool:
+    """Whether UTF-8 has it: an escape in JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_name(name: str) -> None:
@@ -162,10 +174,8 @@ def _check_name(name: str) -> None:
             f"The tensor name {name[:80]!r} is empty, has a NUL or is longer than {MAX_NAME} "
             "characters; rename it."
         )
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise HeaderError(f"The tensor name {name[:80]!r} is no valid text; rename it.") from None
+    if not _encodes(name):
+        raise HeaderError(f"The tensor name {name[:80]!r} is no valid text; rename it.")
 
 
 def _whole(value: Any) -> bool:
