@@ -42,8 +42,9 @@ format: $(VENV)/.ready ## rewrite in the house style
 	$(VENV)/bin/ruff format $(CODE)
 
 bench-quick: $(VENV)/.ready ## kernels and push_pull in a few minutes, as ratios
-	$(PY) -m benchmarks.kernels --quick
-	$(PY) -m benchmarks.push_pull --quick
+	@mkdir -p build
+	$(PY) -m benchmarks.kernels --quick --json build/kernels.json
+	$(PY) -m benchmarks.push_pull --quick --json build/push_pull.json
 
 bench: $(TORCH)/.ready ## the same at length, beside torch
 	$(TORCH)/bin/python -m benchmarks.kernels

@@ -82,6 +82,21 @@ def test_the_protocol_needs_numpy_only():
             assert first != "gradpost" or module.startswith("gradpost.protocol"), module
 
 
+def test_the_server_takes_the_protocol_only_from_the_client():
+    for path in modules("service"):
+        for module in imports(path):
+            if module.split(".")[0] == "gradpost":
+                assert module.startswith("gradpost.protocol"), (path, module)
+
+
+def test_no_loop_is_compiled_by_a_bare_decorator():
+    for path in modules("kernels"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            for decorator in getattr(node, "decorator_list", []):
+                name = ast.unparse(decorator).split(".")[-1]
+                assert name not in ("njit", "jit", "vectorize", "guvectorize", "stencil"), path
+
+
 def test_every_compiled_loop_states_its_error_model_and_none_is_fastmath():
     found = 0
     for path in modules("kernels"):
