@@ -656,6 +656,7 @@ class Session:
         def program() -> Program[None]:
             arena = self.ready
             self._check_state(arena, tensors, counted)
+            target = arena.versions.fresh()  # may refuse, so it comes before the first write
             for name, _, _, flat in tensors:
                 slot, _, tensor = name.partition("/")
                 entry = arena.layout.index[tensor]
@@ -663,7 +664,6 @@ class Session:
                 arena.state[index][entry.offset : entry.offset + entry.size] = flat
             arena.runs = _runs(arena.layout, counted)
             self.step = step
-            target = arena.versions.fresh()
             yield [partial(np.copyto, target, arena.versions.head.flat)]
             self.epoch += 1
             self.version = 1

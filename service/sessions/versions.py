@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from service.errors import Overloaded
 from service.limits import Budget
 
 
@@ -91,11 +92,20 @@ class Versions:
     def fresh(self) -> NDArray[np.floating]:
         """A buffer for a version that does not derive from the head in place.
 
-        Only for the lane, which must publish it or give it back with `drop`.
+        Only for the lane, which must publish it or give it back with `drop`. A head that is held
+        is among the pinned; one that nobody holds needs a buffer beside the new one.
+
+        Raises:
+            Overloaded: Readers hold the buffers; nothing was changed.
         """
         with self._lock:
-            if not self._grow(self._pinned + 2):
-                raise AssertionError("the writer's buffer is part of the reservation")
+            beside = self._head is None or self._head.holders == 0
+            if not self._grow(self._pinned + 1 + beside):
+                raise Overloaded(
+                    "Readers hold older versions and no buffer is left for a new one; send the "
+                    "same request again, or raise GRADPOST_MAX_VERSIONS or GRADPOST_MEMORY_BYTES.",
+                    retry_after_s=1,
+                )
             return self._take()
 
     def drop(self, flat: NDArray[np.floating]) -> None:
@@ -139,5 +149,7 @@ class Versions:
         while self._capacity > keep:
             self._capacity -= 1
             self._budget.release(self._bytes)
-        alive = self._pinned + (not self._closed and self.head.holders == 0)
+        head = self._head  # None until the first upload has succeeded
+        loose = head is not None and not self._closed and head.holders == 0
+        alive = self._pinned + loose
         del self._spares[max(0, self._capacity - alive) :]
