@@ -14,6 +14,7 @@ from gradpost.protocol.tensors import build_header
 from gradpost.protocol.versions import etag
 from service.answers import TensorAnswer
 from service.errors import InvalidRequest, NotAcceptable
+from service.sessions.conversion import Packed, converted
 from service.sessions.session import Outcome, Session
 from service.sessions.versions import Version
 from service.wire import json, raw, safetensors
@@ -123,12 +124,11 @@ async def _rendered(
         body = safetensors.parts(layout, version.flat, master, want.names, facts)
         return TensorAnswer(body, 200, headers, done)
     dtypes = [entry.dtype if asked == "model" else asked for entry in entries]
-    packed = await session.converted(version, entries, dtypes)
-    parts: list[memoryview | bytes] = [packed.data]
-    if want.media.kind == "safetensors":
-        rows = ((e.name, d, e.shape) for e, d in zip(entries, dtypes, strict=True))
-        parts.insert(0, build_header(rows, facts))
-    return TensorAnswer(parts, 200, headers, done)
+    rows = ((e.name, d, e.shape) for e, d in zip(entries, dtypes, strict=True))
+    head = [build_header(rows, facts)] if want.media.kind == "safetensors" else []
+    packed = await converted(session, version, entries, dtypes)
+    session.release(version)  # the copy is what is sent
+    return TensorAnswer([*head, packed.data.data], 200, headers, packed.release)
 
 
 async def _as_json(
@@ -139,25 +139,35 @@ async def _as_json(
     headers: dict[str, str],
     summary: dict[str, Any] | None,
 ) -> Response:
-    master = session.spec.dtype
-    if asked == master:
-        pieces = [(e.name, e.shape, version.flat[e.offset : e.offset + e.size]) for e in entries]
-        rendered = json.render_tensors(pieces)
+    if asked == session.spec.dtype:
+        rendered = json.render_tensors(
+            [(e.name, e.shape, version.flat[e.offset : e.offset + e.size]) for e in entries]
+        )
     else:
         dtypes = [entry.dtype if asked == "model" else asked for entry in entries]
-        packed = await session.converted(version, entries, dtypes)
-        pieces, at = [], 0
-        for entry, dtype in zip(entries, dtypes, strict=True):
-            end = at + entry.size * DTYPES[dtype]
-            pieces.append((entry.name, entry.shape, packed[at:end].copy().view(NUMPY[dtype])))
-            at = end
-        rendered = json.render_tensors(pieces)
+        packed = await converted(session, version, entries, dtypes)
+        try:
+            rendered = json.render_tensors(_unpacked(packed, entries, dtypes))
+        finally:
+            packed.release()
     numbers = {"epoch": version.epoch, "version": version.number, "step": version.step}
     head = plain_json.dumps(numbers if summary is None else summary)[:-1]
     return Response(
         head.encode() + b', "params": ' + rendered + b"}",
         headers={**headers, "Content-Type": JSON},
     )
+
+
+def _unpacked(
+    packed: Packed, entries: Sequence[EntryLike], dtypes: Sequence[str]
+) -> list[tuple[str, tuple[int, ...], Any]]:
+    """The tensors of a packed copy, aligned."""
+    pieces, at = [], 0
+    for entry, dtype in zip(entries, dtypes, strict=True):
+        end = at + entry.size * DTYPES[dtype]
+        pieces.append((entry.name, entry.shape, packed.data[at:end].copy().view(NUMPY[dtype])))
+        at = end
+    return pieces
 
 
 def _facts(version: Version, summary: dict[str, Any] | None) -> dict[str, str]:

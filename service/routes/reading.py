@@ -12,7 +12,8 @@ from service.connection import body as stream
 from service.errors import InvalidRequest, TensorMismatch, UnsupportedMediaType
 from service.limits import Budget
 from service.schemas import PushControl, parse_control
-from service.sessions.session import Arena, Gradient, Session, Tensor
+from service.sessions.arena import Arena, Tensor
+from service.sessions.session import Gradient, Session
 from service.wire import body, json, media, raw, safetensors
 
 

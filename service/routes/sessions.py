@@ -18,8 +18,9 @@ from service.schemas import (
     parse_spec,
 )
 from service.schemas.spec import invalid
+from service.sessions.arena import Tensor, counts
 from service.sessions.registry import Sessions, revision_of
-from service.sessions.session import Session, Tensor, counts
+from service.sessions.session import Session
 from service.wire.body import largest_push
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from kernels.pool import Pool
+from service.errors import ShuttingDown
 
 T = TypeVar("T")
 Program = Generator[Sequence[Callable[[], Any]], list[Any], T]
@@ -27,8 +28,18 @@ async def on_pool(pool: Pool, program: Program[T]) -> T:
     def done(value: T | None, error: BaseException | None) -> None:
         loop.call_soon_threadsafe(_settle, result, value, error)
 
-    pool.submit(program, done)
+    try:
+        pool.submit(program, done)
+    except RuntimeError:
+        raise stopping() from None
     return await asyncio.shield(result)
+
+
+def stopping() -> ShuttingDown:
+    """The refusal of work that comes after the pool was closed."""
+    return ShuttingDown(
+        "The server is stopping; send the same request again when it is back.", retry_after_s=1
+    )
 
 
 def _settle(result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
@@ -59,19 +70,26 @@ class Lane:
         self.started_at = 0.0
         self.queued_s = 0.0
 
-    async def run(self, program: Program[T], *, here: bool = False) -> T:
-        """Queues a program and awaits its result; cancelling the caller does not stop it.
+    async def run(self, program: Program[T]) -> T:
+        """Queues a program and awaits its result; cancelling the caller does not stop it."""
+        return await asyncio.shield(self.submit(program))
+
+    def submit(self, program: Program[T], *, here: bool = False) -> asyncio.Future[T]:
+        """Queues a program.
 
         Args:
             program: What to run.
             here: Run it on the event loop when its turn comes: for work shorter than the hop to
                 a thread and back (see docs/decisions/0007), which must not compile or wait.
+
+        Returns:
+            Its result. Await it shielded: cancelling it would not stop the program.
         """
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(program, result, time.perf_counter(), here))
         if not self._busy:
             self._start()
-        return await asyncio.shield(result)
+        return result
 
     def _start(self) -> None:
         self._busy = True
@@ -86,7 +104,11 @@ class Lane:
         def done(value: Any, error: BaseException | None) -> None:
             loop.call_soon_threadsafe(self._finish, result, value, error)
 
-        self._pool.submit(program, done)
+        try:
+            self._pool.submit(program, done)
+        except RuntimeError:  # the pool is closed; the program has not begun
+            program.close()
+            self._finish(result, None, stopping())
 
     def _finish(self, result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
         self._busy = False

@@ -4,17 +4,15 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gradpost.protocol.dtypes import DTYPES, NUMPY
+from gradpost.protocol.dtypes import NUMPY
 from kernels import convert, cpu, reduce
 from kernels.pool import Pool
-from kernels.registry import RULES, Slot
+from kernels.registry import RULES
 from service.errors import (
     EpochChanged,
     InFlight,
@@ -31,31 +29,28 @@ from service.errors import (
 from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import PushControl, Spec
+from service.sessions.arena import (
+    Arena,
+    Array,
+    Run,
+    Tensor,
+    check_known,
+    check_state,
+    counts,
+    runs_of,
+)
 from service.sessions.gradients import Gradients
 from service.sessions.history import History, Record
-from service.sessions.lane import Lane, Program, on_pool
+from service.sessions.lane import Lane, Program
 from service.sessions.layout import Entry, Layout
 from service.sessions.ledger import Ledger, Summary, same_push
 from service.sessions.versions import Version, Versions
 from service.settings import Settings
 from service.wire.digest import digest
-from service.wire.reader import EntryLike
-
-Array = NDArray[Any]
-Tensor = tuple[str, str, tuple[int, ...], Array]
-"""Name, wire dtype, shape, and the flat values as they are stored in that dtype."""
 
 SMALL = 16_384
 """Elements up to which a push runs on the event loop: about 20 us of kernels, where the hop to a
 thread and back costs 100."""
-
-
-class Run(NamedTuple):
-    """A stretch of the flat vector whose tensors have been updated equally often."""
-
-    lo: int
-    hi: int
-    updates: int
 
 
 class Shared(NamedTuple):
@@ -84,24 +79,6 @@ class Outcome(NamedTuple):
     held: Version | None
 
 
-@dataclass
-class Arena:
-    """The arrays of a session that has parameters."""
-
-    layout: Layout
-    versions: Versions
-    slots: tuple[Slot, ...]
-    state: tuple[Array, ...]
-    gradients: Gradients
-    runs: tuple[Run, ...]
-    reserved: int = field(default=0)
-
-    @property
-    def size(self) -> int:
-        """Elements of the flat vector."""
-        return self.layout.size
-
-
 class Session:
     """A model under training, by one rule.
 
@@ -127,7 +104,7 @@ class Session:
         self.ledger = Ledger(settings.max_workers, settings.worker_retention_s)
         self.history = History(settings.history_steps)
         self.lane = Lane(shared.pool, self._wake)
-        self._shared = shared
+        self.shared = shared
         self._dtype = np.dtype(NUMPY[spec.dtype])
         self._committing: set[tuple[str, int]] = set()
         self._waiters: list[tuple[tuple[int, int], asyncio.Future[Version]]] = []
@@ -233,9 +210,18 @@ class Session:
                 which may be after a cancelled caller has gone.
             hold: Pin the version that results, for an answer with parameters.
         """
-        return await self.lane.run(
+        outcome = self.lane.submit(
             self._push_once(gradient, hold=hold), here=self._is_small(gradient)
         )
+        try:
+            return await asyncio.shield(outcome)
+        except asyncio.CancelledError:
+            outcome.add_done_callback(self._unpin)  # nobody is left who would give it back
+            raise
+
+    def _unpin(self, outcome: "asyncio.Future[Outcome]") -> None:
+        if outcome.exception() is None and (held := outcome.result().held) is not None:
+            self.release(held)
 
     def _is_small(self, gradient: Gradient) -> bool:
         """Whether a push costs less than its hop to a thread, and its kernels are at hand."""
@@ -269,14 +255,14 @@ class Session:
         mark = sums[0][0]
         if known is not None and control.key is not None:
             summary = same_push(known, mark, *control.key)
-            self._shared.metrics.replay()
+            self.shared.metrics.replay()
             return Outcome(summary, True, arena.versions.hold() if hold else None)
         norm = math.sqrt(reduce.total(np.concatenate([part for _, part in sums])))
         if not math.isfinite(norm) and not self._only_large(gradient):
             self._refuse_nonfinite(arena, gradient)
             summary = self._summary(control, lr=self._lr(control)[1], norm=None, finite=True)
             summary = summary._replace(applied=False, skipped="nonfinite")
-            self._shared.metrics.skipped()
+            self.shared.metrics.skipped()
             self._admit(control, mark, summary)
             return Outcome(summary, False, arena.versions.hold() if hold else None)
         return (yield from self._apply(arena, gradient, norm, mark, hold=hold))
@@ -311,7 +297,7 @@ class Session:
             staleness=stale
         )
         if not summary.params_finite:
-            self._shared.metrics.nonfinite_params()
+            self.shared.metrics.nonfinite_params()
         held = arena.versions.publish(self.epoch, self.version, self.step, after, hold=hold)
         self._admit(control, mark, summary)
         return Outcome(summary, False, held)
@@ -377,7 +363,7 @@ class Session:
             self.ledger.record(*control.key, mark, summary)
         step_s = time.perf_counter() - self.lane.started_at
         if summary.applied:
-            self._shared.metrics.observe_step(self.lane.queued_s, step_s)
+            self.shared.metrics.observe_step(self.lane.queued_s, step_s)
         self.history.append(
             Record(
                 step=summary.step,
@@ -413,12 +399,20 @@ class Session:
         if not reached and wait_s <= 0:
             raise self._pending(target)
         future: asyncio.Future[Version] = asyncio.get_running_loop().create_future()
-        self._waiters.append((target, future))
-        patience = wait_s if not reached else self._shared.settings.wait_cap_s
+        waiter = (target, future)
+        self._waiters.append(waiter)
+        patience = wait_s if not reached else self.shared.settings.wait_cap_s
         try:
-            return await asyncio.wait_for(future, max(patience, 0.001))
-        except TimeoutError:
-            raise self._pending(target) from None
+            async with asyncio.timeout(max(patience, 0.001)):
+                return await asyncio.shield(future)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            elif future.exception() is None:  # served in the moment in which the wait ended
+                self.release(future.result())
+            if isinstance(error, TimeoutError):
+                raise self._pending(target) from None
+            raise
 
     def release(self, version: Version) -> None:
         """Gives a held version back, on the event loop."""
@@ -487,7 +481,7 @@ class Session:
             fresh = True
         else:
             arena, fresh = self.arena, False
-            self._check_known(arena.layout, tensors)
+            check_known(arena.layout, tensors)
         target = arena.versions.fresh()
         try:
             if not fresh:
@@ -499,7 +493,7 @@ class Session:
         except BaseException:
             arena.versions.drop(target)
             if fresh:
-                self._shared.budget.release(arena.reserved)
+                self.shared.budget.release(arena.reserved)
             raise
         self.arena = arena
         if not fresh:
@@ -507,19 +501,6 @@ class Session:
             self.version = 0
         self.version += 1
         arena.versions.publish(self.epoch, self.version, self.step, target)
-
-    def _check_known(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        for name, _, shape, _ in tensors:
-            entry = layout.index.get(name)
-            if entry is None or entry.shape != shape:
-                what = (
-                    "is not one of the session's tensors"
-                    if entry is None
-                    else (f"has shape {list(shape)} and the session's has {list(entry.shape)}")
-                )
-                raise TensorMismatch(
-                    f"{name!r} {what}; the first upload fixed the layout.", names=[name]
-                )
 
     def _place(self, layout: Layout, tensors: Sequence[Tensor], target: Array) -> Program[None]:
         """Converts tensors to the master dtype at their places; every value must be finite."""
@@ -546,16 +527,14 @@ class Session:
         flat_bytes = layout.size * self._dtype.itemsize
         # Two versions (the head and a spare), the state, one gradient in flight.
         reserved = flat_bytes * (2 + len(slots) + 1)
-        self._shared.budget.reserve(reserved)
+        self.shared.budget.reserve(reserved)
         try:
-            settings = self._shared.settings
+            settings = self.shared.settings
             state = tuple(np.empty(layout.size, self._dtype) for _ in slots)
-            versions = Versions(
-                layout.size, self._dtype, settings.max_versions, self._shared.budget
-            )
-            gradients = Gradients(flat_bytes, self._shared.budget)
+            versions = Versions(layout.size, self._dtype, settings.max_versions, self.shared.budget)
+            gradients = Gradients(flat_bytes, self.shared.budget)
         except BaseException:
-            self._shared.budget.release(reserved)
+            self.shared.budget.release(reserved)
             raise
         runs = (Run(0, layout.size, 0),)
         return Arena(layout, versions, slots, state, gradients, runs, reserved)
@@ -608,7 +587,7 @@ class Session:
                 kept = 2 * arena.size * self._dtype.itemsize
                 arena.versions.close()
                 arena.state = ()
-                self._shared.budget.release(arena.reserved - kept)
+                self.shared.budget.release(arena.reserved - kept)
             return
             yield []
 
@@ -655,14 +634,14 @@ class Session:
 
         def program() -> Program[None]:
             arena = self.ready
-            self._check_state(arena, tensors, counted)
+            check_state(arena, self.spec.dtype, tensors, counted)
             target = arena.versions.fresh()  # may refuse, so it comes before the first write
             for name, _, _, flat in tensors:
                 slot, _, tensor = name.partition("/")
                 entry = arena.layout.index[tensor]
                 index = [s.name for s in arena.slots].index(slot)
                 arena.state[index][entry.offset : entry.offset + entry.size] = flat
-            arena.runs = _runs(arena.layout, counted)
+            arena.runs = runs_of(arena.layout, counted)
             self.step = step
             yield [partial(np.copyto, target, arena.versions.head.flat)]
             self.epoch += 1
@@ -670,68 +649,6 @@ class Session:
             arena.versions.publish(self.epoch, self.version, self.step, target)
 
         await self.lane.run(program())
-
-    def _check_state(
-        self, arena: Arena, tensors: Sequence[Tensor], counted: Mapping[str, int]
-    ) -> None:
-        shapes = {
-            f"{slot.name}/{entry.name}": entry.shape
-            for slot in arena.slots
-            for entry in arena.layout.entries
-        }
-        came = {name: shape for name, _, shape, _ in tensors}
-        wrong = sorted(
-            {name for name in shapes.keys() | came.keys() if shapes.get(name) != came.get(name)}
-            | {name for name, dtype, _, _ in tensors if dtype != self.spec.dtype}
-        )
-        if wrong:
-            raise TensorMismatch(
-                f"A state has every <slot>/<tensor> of the session in {self.spec.dtype}; missing, "
-                f"unexpected, misshapen or of another dtype: {', '.join(map(repr, wrong[:10]))}.",
-                names=wrong[:20],
-            )
-        if counted.keys() != arena.layout.index.keys():
-            raise TensorMismatch(
-                "The counts must name every tensor of the session and no other; take them from "
-                "the metadata of GET state.",
-                names=sorted(counted.keys() ^ arena.layout.index.keys())[:20],
-            )
-
-    async def converted(
-        self, version: Version, entries: Sequence[EntryLike], dtypes: Sequence[str]
-    ) -> Array:
-        """Tensors of a held version, each in its own dtype, packed: uint8.
-
-        Raises:
-            TensorMismatch: A finite value does not fit the asked-for dtype.
-        """
-        sizes = [entry.size * DTYPES[d] for entry, d in zip(entries, dtypes, strict=True)]
-        packed = np.empty(sum(sizes), np.uint8)
-
-        def program() -> Program[None]:
-            at = 0
-            for entry, dtype, nbytes in zip(entries, dtypes, sizes, strict=True):
-                into = packed[at : at + nbytes]
-                if at % DTYPES[dtype]:  # a view needs no alignment, but the loops do
-                    into = np.empty(nbytes, np.uint8)
-                source = version.flat[entry.offset : entry.offset + entry.size]
-                storage = into.view(NUMPY[dtype])
-                fits = yield [
-                    partial(convert.convert, source, self.spec.dtype, storage, dtype, lo, hi)
-                    for lo, hi in cpu.chunks(0, entry.size)
-                ]
-                if not all(fits):
-                    raise TensorMismatch(
-                        f"{entry.name!r} holds values too large for {dtype}; pull it in a wider "
-                        "dtype.",
-                        names=[entry.name],
-                    )
-                if into.base is not packed:
-                    packed[at : at + nbytes] = into
-                at += nbytes
-
-        await on_pool(self._shared.pool, program())
-        return packed
 
     def bytes(self) -> dict[str, int]:
         """What the session may take of memory, as reserved."""
@@ -753,30 +670,6 @@ def gone(name: str) -> SessionGone:
         "epoch.",
         session=name,
     )
-
-
-def counts(arena: Arena) -> dict[str, int]:
-    """Updates of each tensor."""
-    return {
-        entry.name: next(
-            run.updates
-            for run in arena.runs
-            if run.lo <= entry.offset and entry.offset + entry.size <= run.hi
-        )
-        for entry in arena.layout.entries
-    }
-
-
-def _runs(layout: Layout, counted: Mapping[str, int]) -> tuple[Run, ...]:
-    """Maximal stretches of layout neighbours with equal counts."""
-    runs: list[Run] = []
-    for entry in layout.entries:
-        end = entry.offset + entry.size
-        if runs and runs[-1].updates == counted[entry.name]:
-            runs[-1] = runs[-1]._replace(hi=end)
-        else:
-            runs.append(Run(entry.offset, end, counted[entry.name]))
-    return tuple(runs) or (Run(0, 0, 0),)
 
 
 def _spread(size: int) -> list[tuple[int, int]]:

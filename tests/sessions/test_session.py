@@ -13,9 +13,11 @@ from service.errors import (
     InsufficientMemory,
     Internal,
     Nonfinite,
+    Overloaded,
     PreconditionFailed,
     SessionGone,
     SessionUnknown,
+    ShuttingDown,
     TensorMismatch,
     TooManySessions,
     VersionPending,
@@ -24,6 +26,7 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import PushControl, parse_spec
 from service.sessions import session as module
+from service.sessions.conversion import converted
 from service.sessions.registry import Sessions, revision_of
 from service.sessions.session import Gradient, Shared
 from service.settings import Settings
@@ -371,3 +374,82 @@ def test_if_match_names_a_revision():
     assert revision_of("*") is None
     assert revision_of('"spec-12"') == 12
     assert revision_of('"1-2-json"') == -1
+
+
+def test_a_cancelled_push_with_parameters_pins_nothing(sessions, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", -1)
+
+    async def scenario():
+        session = await made(sessions)
+        task = asyncio.create_task(session.push(gradient(np.ones(7), key(1)), hold=True))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await session.lane.idle()
+        await asyncio.sleep(0)
+        assert session.step == 1
+        assert session.arena.versions.head.holders == 0
+
+    asyncio.run(scenario())
+
+
+def test_waits_that_ended_are_forgotten_and_pin_nothing(sessions):
+    async def scenario():
+        session = await made(sessions)
+        for _ in range(3):
+            with pytest.raises(VersionPending):
+                await session.hold((1, 2), 0.001)
+        task = asyncio.create_task(session.hold((1, 2), 5))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert session._waiters == []
+        task = asyncio.create_task(session.hold((1, 2), 5))
+        await asyncio.sleep(0)
+        await session.push(gradient(np.ones(7)), hold=False)
+        task.cancel()  # it has its version, and never gets to use it
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if not isinstance(outcome, asyncio.CancelledError):
+            session.release(outcome)
+        assert session.arena.versions.head.holders == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_closed_pool_is_a_stop_and_the_lane_is_not_stuck(sessions, monkeypatch):
+    def closed(*_):
+        raise RuntimeError("the pool is closed")
+
+    monkeypatch.setattr(module, "SMALL", -1)
+
+    async def scenario():
+        session = await made(sessions)
+        with monkeypatch.context() as patched:
+            patched.setattr(sessions.shared.pool, "submit", closed)
+            for _ in range(2):
+                with pytest.raises(ShuttingDown):
+                    await session.push(gradient(np.ones(7), key(1)), hold=False)
+        outcome = await session.push(gradient(np.ones(7), key(1)), hold=False)
+        assert not outcome.replayed
+
+    asyncio.run(scenario())
+
+
+def test_conversions_are_paid_for(sessions):
+    async def scenario():
+        session = await made(sessions)
+        budget = sessions.shared.budget
+        held = await session.hold(None, 0)
+        entries = session.arena.layout.entries
+        used = budget.used
+        packed = await converted(session, held, entries, ["F64"] * len(entries))
+        assert budget.used == used + 7 * 8
+        packed.release()
+        assert budget.used == used
+        budget.reserve(budget.total - budget.used)
+        with pytest.raises(Overloaded):
+            await converted(session, held, entries, ["F64"] * len(entries))
+
+    asyncio.run(scenario())
