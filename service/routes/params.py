@@ -111,7 +111,7 @@ async def pull(id: str, request: Request) -> Response:
             tensors=True,
         ),
         "parameters": [
-            header("If-None-Match", "`*`: only if there are none yet.", {"type": "string"})
+            header("If-None-Match", "`*`: only if there are none yet.", {"enum": ["*"]})
         ],
     },
 )

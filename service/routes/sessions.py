@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 from service.routes import reading
 from service.routes.documents import BODY, SESSION, body, header, query, refusals
 from service.schemas import (
+    PatchedSession,
     SessionInfo,
     SessionList,
     Spec,
@@ -180,7 +181,7 @@ async def read(id: str, request: Request) -> Response:
     "/{id}",
     summary="Change hyperparameters and policies",
     responses={
-        200: {"model": SessionInfo, "description": "With `acts_from_step`."},
+        200: {"model": PatchedSession},
         **refusals(
             *BODY, *SESSION, "invalid-json", "not-supported-yet", "structural",
             "precondition-failed", "device-unavailable",

@@ -71,6 +71,12 @@ class SessionInfo(BaseModel):
     max_push_bytes: int | None
 
 
+class PatchedSession(SessionInfo):
+    """A session after a change."""
+
+    acts_from_step: int = Field(description="The first update under the new specification.")
+
+
 class SessionList(BaseModel):
     """A page of sessions, in order of their ids."""
 

@@ -30,9 +30,11 @@ class Broken:
 
 def session(transport, clock=None, **policy):
     clock = clock or Clock()
-    return Session(
+    found = Session(
         transport, "m", policy=RetryPolicy(sleep=clock.sleep, clock=clock, **policy), seed=5
     )
+    found.version = (1, 0)  # as if parameters had been pulled
+    return found
 
 
 AGAIN = {

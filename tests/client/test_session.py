@@ -275,10 +275,22 @@ def test_patch_and_history(server):
 
 def test_delete_ends_it_for_everybody(server):
     with make(server) as first, Session.attach(server, first.id) as second:
+        second.pull()
         first.delete()
         first.delete()
         with pytest.raises(errors.SessionGone):
             second.push(GRADS)
+
+
+def test_a_push_says_what_its_gradient_was_computed_from(server):
+    with make(server) as first, make(server, first.id) as late:
+        with pytest.raises(errors.NotPulled):
+            late.push(GRADS)
+        with pytest.raises(errors.NotPulled):
+            late.push_pull(GRADS)
+        assert late.push(GRADS, base_version=first.version).step == 1
+        late.pull()
+        assert late.push(GRADS).staleness == 0
 
 
 def test_the_first_of_two_workers_initialises(server):
@@ -342,6 +354,7 @@ def test_a_stale_gradient_is_told_where_the_model_is(server):
 def test_a_version_is_awaited(server):
     with make(server) as first, Session.attach(server, first.id) as second:
         first.pull()
+        second.pull()
         epoch, version = first.version
         with pytest.raises(errors.VersionPending):
             first.pull(min_version=(epoch, version + 1), wait_s=0)

@@ -1,10 +1,12 @@
 """The client of gradpost: post gradients, get parameters."""
 
 from gradpost.errors import (
+    CertificateError,
     ClosedError,
     DeadlineExceeded,
     EpochChanged,
     GradpostError,
+    NotPulled,
     RefusedError,
     StaleGradient,
     TransportError,
@@ -20,12 +22,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Attempt",
     "Buffer",
+    "CertificateError",
     "ClosedError",
     "DeadlineExceeded",
     "EpochChanged",
     "GradpostError",
     "Http",
     "InProcess",
+    "NotPulled",
     "RefusedError",
     "RetryPolicy",
     "Session",

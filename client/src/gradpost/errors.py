@@ -3,6 +3,8 @@
 ```
 GradpostError            retryable: whether the same call is worth making again
 ├── ClosedError          the session was closed
+├── NotPulled            a gradient was pushed before any parameters were pulled
+├── CertificateError     the server's TLS certificate is not trusted
 ├── TransportError       no (whole) answer came
 ├── DeadlineExceeded     retries used up the time; `last` is the last failure
 └── RefusedError         the server answered with a problem; one subclass per problem type
@@ -23,6 +25,14 @@ class GradpostError(Exception):
 
 class ClosedError(GradpostError):
     """The session object was closed; attach again."""
+
+
+class NotPulled(GradpostError):
+    """A push has to say which parameters its gradient was computed from, and none were pulled."""
+
+
+class CertificateError(GradpostError):
+    """The server's TLS certificate is not trusted; no retry mends that."""
 
 
 class TransportError(GradpostError):

@@ -3,6 +3,7 @@
 import http.client
 import os
 import socket
+import ssl
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import urllib3
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 
-from gradpost.errors import TransportError
+from gradpost.errors import CertificateError, TransportError
 from gradpost.transport import Part
 
 _FAILURES = (urllib3.exceptions.HTTPError, OSError, http.client.HTTPException)
@@ -84,6 +85,17 @@ def _proxy_of(url: str) -> str | None:
     return urllib.request.getproxies().get(parts.scheme)
 
 
+def _distrusted(error: BaseException) -> bool:
+    """Whether a failure comes of a certificate that did not verify: no retry mends that."""
+    causes: list[Any] = [error]
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return True
+        more = (cause.__cause__, cause.__context__, getattr(cause, "reason", None), *cause.args)
+        causes += [c for c in more if isinstance(c, BaseException) and c not in causes]
+    return False
+
+
 class Http:
     """The transport to a url.
 
@@ -145,6 +157,11 @@ class Http:
                 preload_content=False,
             )
         except _FAILURES as error:
+            if _distrusted(error):
+                raise CertificateError(
+                    f"The certificate of {self._base} is not trusted: {error}. Name the file of "
+                    "its authority as ca_certs."
+                ) from error
             raise TransportError(f"{method} {path.partition('?')[0]} failed: {error}") from error
         return HttpAnswer(response)
 

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpost.calls import Calls, path_of, read_json
-from gradpost.errors import ClosedError, PreconditionFailed, SessionGone, TransportError
+from gradpost.errors import (
+    ClosedError,
+    NotPulled,
+    PreconditionFailed,
+    SessionGone,
+    TransportError,
+)
 from gradpost.http import Http
 from gradpost.protocol import EPOCH, JSON, SAFETENSORS, SUMMARY, VERSION
 from gradpost.protocol.versions import format_version
@@ -55,7 +61,8 @@ class Session:
     Attributes:
         id: The session's id on the server.
         worker: This trainer's id, new for each incarnation.
-        version: (epoch, version) of the parameters pulled last; gradients count as computed there.
+        version: (epoch, version) of the parameters pulled last, or uploaded by this object;
+            gradients count as computed there. None before that.
         retries: Attempts beyond the first, so far.
     """
 
@@ -74,7 +81,7 @@ class Session:
         self._close_transport = close_transport
         prefix = re.sub(r"[^A-Za-z0-9._-]", "-", worker or "worker")[:100]
         self.worker = f"{prefix}-{uuid.uuid4().hex[:12]}"
-        self.version: Version = (1, 0)
+        self.version: Version | None = None
         self._calls = Calls(transport, api_key)
         self._retrier = Retrier(policy or RetryPolicy(), seed)
         self._lock = threading.Lock()
@@ -199,6 +206,7 @@ class Session:
                 None.
 
         Raises:
+            NotPulled: Nothing was pulled or uploaded yet, and `base_version` is not given.
             StaleGradient: The model moved on too far; pull and compute again.
             EpochChanged: Its history was cut; pull and compute again.
             RefusedError: Anything else the server refuses.
@@ -384,7 +392,7 @@ class Session:
         try:
             self.set_params(params, first_only=True)
         except PreconditionFailed:
-            self.info()
+            return  # the first one's parameters hold; pull them
 
     def _answered(self, answer: Answer, into: Buffer | None) -> tuple[Summary, Params | None]:
         """The summary of a push, and the parameters if the server sent them."""
@@ -403,9 +411,14 @@ class Session:
     ) -> tuple[str, list[Part]]:
         body = encode(grads, self._master, one_dtype=True)
         with self._lock:
+            base = base or self.version
+            if base is None:
+                raise NotPulled(
+                    "Pull before the first push: it says which parameters a gradient was computed "
+                    "from (or pass base_version)."
+                )
             self._sequence += 1
             sequence = self._sequence
-            base = base or self.version
         query = [
             ("worker", self.worker),
             ("sequence", str(sequence)),
@@ -442,11 +455,8 @@ class Session:
             return self._thread.submit(call)
 
     def _note(self, found: Mapping[str, Any]) -> None:
-        """Takes dtype and, as long as nothing was pulled, the version from a description."""
+        """Takes the dtype from a description."""
         self._master = str(found["dtype"])
-        with self._lock:
-            if self.version[1] == 0:
-                self.version = (int(found["epoch"]), int(found["version"]))
 
     def _pulled(self, said: Mapping[str, str]) -> None:
         with self._lock:
