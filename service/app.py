@@ -53,6 +53,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # The router matches in order: the hot routes come first.
     for module in (steps, params, state, history, sessions, server, health):
         app.include_router(module.router)
+    app.router.routes.insert(0, steps.plain)
     app.add_middleware(Front, settings=settings, metrics=metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

@@ -62,11 +62,15 @@ def wanted(media: Media, names: tuple[str, ...] | None, dtype: str | None) -> Wa
     return Wanted(media, names, dtype)
 
 
+def summary_text(outcome: Outcome) -> str:
+    """What a push did, as JSON."""
+    return plain_json.dumps(outcome.summary.answer(replayed=outcome.replayed))
+
+
 def summary_answer(session: Session, outcome: Outcome) -> Response:
     """The JSON answer to a push without parameters."""
-    summary = outcome.summary.answer(replayed=outcome.replayed)
     return Response(
-        plain_json.dumps(summary),
+        summary_text(outcome),
         headers={
             **_numbers(outcome.summary.epoch, outcome.summary.version, outcome.summary.step),
             "Content-Type": JSON,
@@ -75,7 +79,7 @@ def summary_answer(session: Session, outcome: Outcome) -> Response:
 
 
 async def params_answer(
-    session: Session, version: Version, want: Wanted, summary: dict[str, Any] | None
+    session: Session, version: Version, want: Wanted, summary: str | None
 ) -> Response:
     """The parameters of a held version; gives the version back when its bytes have left.
 
@@ -83,7 +87,7 @@ async def params_answer(
         session: Whose they are.
         version: Held for this answer.
         want: The form.
-        summary: What the push did, where this answers one.
+        summary: What the push did, as JSON, where this answers one.
     """
     try:
         answer = await _rendered(session, version, want, summary)
@@ -96,7 +100,7 @@ async def params_answer(
 
 
 async def _rendered(
-    session: Session, version: Version, want: Wanted, summary: dict[str, Any] | None
+    session: Session, version: Version, want: Wanted, summary: str | None
 ) -> Response:
     layout = session.ready.layout
     entries = select(layout, want.names)
@@ -107,7 +111,7 @@ async def _rendered(
         "Cache-Control": "no-cache",
     }
     if summary is not None:
-        headers[SUMMARY] = plain_json.dumps(summary, separators=(",", ":"))
+        headers[SUMMARY] = summary
     master = session.spec.dtype
     asked = want.dtype or want.media.dtype or master
     if want.media.kind == "json":
@@ -137,7 +141,7 @@ async def _as_json(
     entries: Sequence[EntryLike],
     asked: str,
     headers: dict[str, str],
-    summary: dict[str, Any] | None,
+    summary: str | None,
 ) -> Response:
     if asked == session.spec.dtype:
         rendered = json.render_tensors(
@@ -151,7 +155,7 @@ async def _as_json(
         finally:
             packed.release()
     numbers = {"epoch": version.epoch, "version": version.number, "step": version.step}
-    head = plain_json.dumps(numbers if summary is None else summary)[:-1]
+    head = (plain_json.dumps(numbers) if summary is None else summary)[:-1]
     return Response(
         head.encode() + b', "params": ' + rendered + b"}",
         headers={**headers, "Content-Type": JSON},
@@ -170,14 +174,14 @@ def _unpacked(
     return pieces
 
 
-def _facts(version: Version, summary: dict[str, Any] | None) -> dict[str, str]:
+def _facts(version: Version, summary: str | None) -> dict[str, str]:
     facts = {
         "epoch": str(version.epoch),
         "version": str(version.number),
         "step": str(version.step),
     }
     if summary is not None:
-        facts["summary"] = plain_json.dumps(summary, separators=(",", ":"))
+        facts["summary"] = summary
     return facts
 
 

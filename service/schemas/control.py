@@ -1,6 +1,5 @@
 """Control values of a push and of a pull. By hand: a query model doubles the cost of a step."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -40,7 +39,7 @@ class PushControl(NamedTuple):
     @property
     def canonical(self) -> bytes:
         """The control values as bytes, the same for every encoding of the same push."""
-        return json.dumps([self.base_version, self.loss], separators=(",", ":")).encode()
+        return f"{self.base_version} {self.loss!r}".encode()
 
 
 class Prefer(NamedTuple):

@@ -5,7 +5,7 @@ import os
 import socket
 import ssl
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +19,8 @@ from gradpost.transport import Part
 _FAILURES = (urllib3.exceptions.HTTPError, OSError, http.client.HTTPException)
 _UNIX = "http+unix://"
 _CONNECT_S = 10.0
+_JOINED = 1 << 16
+"""Bytes up to which a body is sent as one piece: each piece is a wake-up of the server."""
 
 
 class _UnixConnection(HTTPConnection):
@@ -118,20 +120,22 @@ class Http:
         connections: int = 4,
     ) -> None:
         options: dict[str, Any] = {"maxsize": connections, "retries": False}
-        self._pool: urllib3.PoolManager | _UnixPool
+        self._pool: urllib3.ProxyManager | HTTPConnectionPool
         if url.startswith(_UNIX):
             self._base = ""
             self._pool = _UnixPool("localhost", path=url.removeprefix(_UNIX), **options)
             return
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ValueError(f"{url!r} is no url; write http://host:port or {_UNIX}/path.")
-        self._base = url.rstrip("/")
-        if ca_certs is not None:
+        if ca_certs is not None and url.startswith("https"):
             options["ca_certs"] = os.fspath(ca_certs)
         proxy = _proxy_of(url) if proxy is None else proxy
-        self._pool = (
-            urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
-        )
+        if proxy:
+            self._base = url.rstrip("/")
+            self._pool = urllib3.ProxyManager(proxy, **options)
+        else:  # the pool of one host: a manager parses the url anew in each call
+            self._base = urlsplit(url).path.rstrip("/")
+            self._pool = urllib3.connection_from_url(url, **options)
 
     def request(
         self,
@@ -142,11 +146,13 @@ class Http:
         timeout_s: float,
     ) -> HttpAnswer:
         """Sends one request; the timeout bounds each wait for the network."""
-        payload: Iterable[bytes] | None = body if body else None  # type: ignore[assignment]
+        payload: Any = list(body) or None
+        if payload and sum(map(len, body)) <= _JOINED:
+            payload = [b"".join(body)]
         length = {"Content-Length": str(sum(map(len, body)))} if body else {}
         timeout = urllib3.Timeout(connect=min(timeout_s, _CONNECT_S), read=timeout_s)
         try:
-            response = self._pool.request(
+            response = self._pool.urlopen(
                 method,
                 self._base + path,
                 body=payload,
@@ -159,15 +165,15 @@ class Http:
         except _FAILURES as error:
             if _distrusted(error):
                 raise CertificateError(
-                    f"The certificate of {self._base} is not trusted: {error}. Name the file of "
-                    "its authority as ca_certs."
+                    f"The server's certificate is not trusted: {error}. Name the file of its "
+                    "authority as ca_certs."
                 ) from error
             raise TransportError(f"{method} {path.partition('?')[0]} failed: {error}") from error
         return HttpAnswer(response)
 
     def close(self) -> None:
         """Closes the idle connections."""
-        if isinstance(self._pool, urllib3.PoolManager):
+        if isinstance(self._pool, urllib3.ProxyManager):
             self._pool.clear()
         else:
             self._pool.close()
