@@ -107,10 +107,10 @@ async def _rendered(
     headers = {
         **_numbers(version.epoch, version.number, version.step),
         "ETag": etag(version.epoch, version.number, want.representation),
-        "Vary": "Accept, Prefer",
-        "Cache-Control": "no-cache",
     }
-    if summary is not None:
+    if summary is None:
+        headers |= {"Vary": "Accept, Prefer", "Cache-Control": "no-cache"}
+    else:  # nobody caches the answer to a POST
         headers[SUMMARY] = summary
     master = session.spec.dtype
     asked = want.dtype or want.media.dtype or master

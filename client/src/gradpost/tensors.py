@@ -1,6 +1,7 @@
 """From arrays to the parts of a body, and from a body to arrays."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +50,15 @@ def encode(
     arrays = {name: _wire(name, value, master) for name, value in tensors.items()}
     if one_dtype and len({dtype for dtype, _ in arrays.values()}) > 1:
         arrays = {name: (master, _cast(tensors[name], master)) for name in arrays}
-    header = build_header(
-        ((name, dtype, array.shape) for name, (dtype, array) in arrays.items()), metadata
-    )
+    rows = tuple((name, dtype, array.shape) for name, (dtype, array) in arrays.items())
+    header = _plain_header(rows) if metadata is None else build_header(rows, metadata)
     return [header, *(_bytes(array) for _, array in arrays.values() if array.size)]
+
+
+@lru_cache(maxsize=32)
+def _plain_header(rows: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
+    """A header without metadata: a trainer sends the same one with each push."""
+    return build_header(rows)
 
 
 def _wire(name: str, value: Any, master: str) -> tuple[str, Array]:
