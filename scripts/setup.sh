@@ -12,7 +12,8 @@ if sys.version_info < (3, 11):
     sys.exit(f"gradpost needs Python 3.11 or newer; this is {sys.version.split()[0]}. "
              "Set PYTHON=/path/to/python3.11 and run make again.")
 PY
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Anew whenever the locks change: an old environment would keep what they no longer name.
+"$python" -m venv --clear "$venv"
 echo "Setting up $venv (once) ..."
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet -r requirements-dev.lock "$@"

@@ -88,6 +88,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Not ready first, so that a probe on an open connection sees it; then uvicorn's drain."""
         self._gradpost.state.ready.stop()
+        self._gradpost.state.sessions.dismiss()
         await super().shutdown(sockets)
 
     def address(self) -> str:

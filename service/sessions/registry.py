@@ -108,6 +108,11 @@ class Sessions:
         more = chosen[-1] if len(names) > limit else None
         return [self._alive[name] for name in chosen], more
 
+    def dismiss(self) -> None:
+        """Ends every wait for a version, so that long polls do not hold up a stop."""
+        for session in self._alive.values():
+            session.dismiss()
+
     async def drain(self) -> None:
         """Returns when no lane has work."""
         for session in list(self._alive.values()):

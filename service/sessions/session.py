@@ -41,7 +41,7 @@ from service.sessions.arena import (
 )
 from service.sessions.gradients import Gradients
 from service.sessions.history import History, Record
-from service.sessions.lane import Lane, Program
+from service.sessions.lane import Lane, Program, stopping
 from service.sessions.layout import Entry, Layout
 from service.sessions.ledger import Ledger, Summary, same_push
 from service.sessions.versions import Version, Versions
@@ -447,6 +447,13 @@ class Session:
                 self._waiters.append((target, future))
             else:
                 future.set_result(held)
+
+    def dismiss(self) -> None:
+        """Ends the waits of pulls: the server stops, and nothing they wait for will come."""
+        waiting, self._waiters = self._waiters, []
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(stopping())
 
     # Everything else that writes
 

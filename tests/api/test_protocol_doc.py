@@ -72,6 +72,20 @@ def test_every_call_of_the_page(url, tmp_path):
         assert statuses[-1] == str(status), (command, done.stdout)
 
 
+@pytest.mark.skipif(CURL is None, reason="curl is not installed")
+def test_the_curl_lines_of_the_readme(url, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    blocks = [b for b in re.findall(r"```sh\n(.*?)```", text, re.S) if "curl -X" in b]
+    assert blocks
+    for block in blocks:
+        script = block.replace("localhost:8000", url).replace("curl -X", "curl -sS --fail -X")
+        done = subprocess.run(
+            ["bash", "-ec", script], cwd=tmp_path, capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, (block, done.stderr)
+        assert b'"params"' in done.stdout
+
+
 def test_every_route_stands_on_the_page():
     text = (ROOT / "docs" / "protocol.md").read_text()
     commands = " ".join(command for _, command in calls(text))

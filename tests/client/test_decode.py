@@ -58,10 +58,11 @@ def test_a_body_cut_in_its_head_is_a_transport_error(size, told):
         decode(answer(body, str(size) if told else None), None)
 
 
-def test_a_header_of_exbytes_reserves_no_memory():
+@pytest.mark.parametrize("told", [True, False])
+def test_a_header_of_exbytes_reserves_no_memory(told):
     head = build_header([("w", "F32", (1 << 60,))])
     with pytest.raises(TransportError):
-        decode(answer(head, str(len(head))), None)
+        decode(answer(head, str(len(head)) if told else None), None)
 
 
 def test_a_buffer_too_small_is_replaced():

@@ -15,9 +15,8 @@ GRADS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "s": np.float32(2)}
 class Broken:
     """An answer that breaks off while it is read."""
 
-    status = 200
-
-    def __init__(self):
+    def __init__(self, status=200):
+        self.status = status
         self.headers = {"Content-Type": "application/json"}
         self.released = 0
 
@@ -40,6 +39,9 @@ def session(transport, clock=None, **policy):
 AGAIN = {
     "timeout": lambda: TransportError("timed out"),
     "broken answer": Broken,
+    "broken refusal": lambda: Broken(409),
+    "no summary": lambda: answer(200, {"hello": "world"}),
+    "another summary": lambda: answer(200, {"step": None}),
     "not JSON": lambda: MemoryAnswer(200, {}, b"<html>"),
     "408": lambda: problem(408, "request-timeout"),
     "409 in flight": lambda: problem(409, "in-flight", Retry_After="1"),
@@ -183,3 +185,22 @@ def test_one_seed_one_jitter():
         return clock.slept
 
     assert waits() == waits()
+
+
+STRANGE = {
+    "push": lambda trainer: trainer.push(GRADS),
+    "push_pull": lambda trainer: trainer.push_pull(GRADS),
+    "pull": lambda trainer: trainer.pull(),
+    "state": lambda trainer: trainer.state(),
+    "history": lambda trainer: trainer.history(),
+    "info": lambda trainer: trainer.info(),
+    "set_params": lambda trainer: trainer.set_params(GRADS),
+}
+
+
+@pytest.mark.parametrize("call", list(STRANGE.values()), ids=list(STRANGE))
+def test_an_answer_of_somebody_else_is_no_success(call):
+    strange = Scripted(lambda: answer(200, {"hello": "world"}, Content_Type="application/json"))
+    with session(strange, deadline_s=2.0) as trainer, pytest.raises(DeadlineExceeded) as caught:
+        call(trainer)
+    assert isinstance(caught.value.__cause__, TransportError)

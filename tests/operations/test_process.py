@@ -150,3 +150,24 @@ def test_health_of_a_listening_address_asks_loopback(monkeypatch, capsys):
 def test_warm_refuses_a_misspelt_rule(capsys):
     assert main(["warm", "adma"]) == 2
     assert "adma" in capsys.readouterr().err
+
+
+def test_a_long_poll_ends_with_the_server_and_not_at_its_own_deadline():
+    with server("--port", "0", GRADPOST_WARM_RULES="sgd") as (process, line):
+        port = port_of(line)
+        assert healthy("--port", str(port))
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        spec = b'{"optimizer": {"rule": "sgd"}, "params": {"w": [1.0]}}'
+        connection.request("PUT", "/v1/sessions/m", spec, {"Content-Type": "application/json"})
+        assert connection.getresponse().read()
+        connection.request(
+            "GET", "/v1/sessions/m/params?min_version=99", headers={"Prefer": "wait=55"}
+        )
+        time.sleep(0.5)  # it waits by now, or the stop finds it before: both must end
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        answer = connection.getresponse()
+        assert answer.status == 503
+        assert b"shutting-down" in answer.read()
+        assert process.wait(PATIENCE_S) == 0
+        assert time.monotonic() - began < 20

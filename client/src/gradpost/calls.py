@@ -50,22 +50,40 @@ class Calls:
         sent = {**self._fixed, **(headers or {})}
         answer = self._transport.request(method, path, sent, body, timeout_s)
         try:
-            if answer.status < 300 or answer.status == 304:
+            if answer.status >= 300 and answer.status != 304:
+                raise _refusal(answer)
+            try:
                 return read(answer)
-            raise _refusal(answer)
+            except (KeyError, TypeError, ValueError) as error:
+                raise TransportError(
+                    f"The answer to {method} {path.partition('?')[0]} is not what a gradpost "
+                    f"server says ({error!r}); is a proxy in between?"
+                ) from error
         finally:
             answer.release()
 
     def document(
-        self, method: str, path: str, timeout_s: float, value: Any = None, **headers: str
+        self,
+        method: str,
+        path: str,
+        timeout_s: float,
+        value: Any = None,
+        needs: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """One attempt with JSON both ways; an empty answer is {}."""
-        named = {name.replace("_", "-"): text for name, text in headers.items()}
+        """One attempt with JSON both ways; an empty answer is {}.
+
+        Raises:
+            TransportError: As `send`, or a member that the caller `needs` is not there.
+        """
         body: list[Part] = []
+        headers = {}
         if value is not None:
             body = [json.dumps(value, allow_nan=False).encode()]
-            named["Content-Type"] = JSON
-        return self.send(method, path, read_json, timeout_s, headers=named, body=body)
+            headers["Content-Type"] = JSON
+        return self.send(
+            method, path, lambda answer: members(answer, needs), timeout_s,
+            headers=headers, body=body,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Closes the transport."""
@@ -86,10 +104,26 @@ def read_json(answer: Answer) -> dict[str, Any]:
     return found
 
 
+def members(answer: Answer, needs: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of an answer, which has these members.
+
+    Raises:
+        KeyError: It lacks one.
+    """
+    found = read_json(answer)
+    for name in needs:
+        found[name]
+    return found
+
+
 def _refusal(answer: Answer) -> RefusedError:
+    """The refusal; one that breaks off is raised as such, for its type would be a guess."""
+    body = read_all(answer)
     try:
-        problem = read_json(answer)
-    except TransportError:
+        problem = json.loads(body)
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict):
         problem = {"detail": f"The server answered {answer.status} without a problem document."}
     pause = answer.headers.get("Retry-After") or ""
     return refusal(answer.status, problem, float(pause) if pause.isdecimal() else None)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gradpost.calls import Calls, path_of, read_json
+from gradpost.calls import Calls, members, path_of, read_json
 from gradpost.errors import (
     ClosedError,
     NotPulled,
@@ -140,18 +140,10 @@ class Session:
         spec: dict[str, Any] = {"optimizer": chosen}
         stated = {"dtype": dtype, "update": update, "on_nonfinite": on_nonfinite}
         spec.update({name: value for name, value in stated.items() if value is not None})
-        transport = Http(url, proxy=proxy, ca_certs=ca_certs) if isinstance(url, str) else url
-        key = api_key or os.environ.get("GRADPOST_API_KEY")
-        session = cls(
-            transport,
-            id or uuid.uuid4().hex,
-            api_key=key,
-            worker=worker,
-            policy=policy,
-            seed=seed,
-            close_transport=isinstance(url, str),
+        session = cls._open(
+            url, id or uuid.uuid4().hex, proxy, ca_certs, api_key, worker, policy, seed
         )
-        session._note(session._document("PUT", path_of(session.id), spec))
+        session._note(session._document("PUT", path_of(session.id), spec, ("dtype",)))
         if params is not None:
             session._initialise(params)
         return session
@@ -174,19 +166,33 @@ class Session:
         Raises:
             SessionUnknown: There is none of this id.
         """
+        session = cls._open(url, id, proxy, ca_certs, api_key, worker, policy, seed)
+        session.info()
+        return session
+
+    @classmethod
+    def _open(
+        cls,
+        url: str | Transport,
+        id: str,
+        proxy: str | None,
+        ca_certs: str | None,
+        api_key: str | None,
+        worker: str | None,
+        policy: RetryPolicy | None,
+        seed: int | None,
+    ) -> "Session":
+        ours = isinstance(url, str)
         transport = Http(url, proxy=proxy, ca_certs=ca_certs) if isinstance(url, str) else url
-        key = api_key or os.environ.get("GRADPOST_API_KEY")
-        session = cls(
+        return cls(
             transport,
             id,
-            api_key=key,
+            api_key=api_key or os.environ.get("GRADPOST_API_KEY"),
             worker=worker,
             policy=policy,
             seed=seed,
-            close_transport=isinstance(url, str),
+            close_transport=ours,
         )
-        session.info()
-        return session
 
     # Training
 
@@ -213,12 +219,16 @@ class Session:
             DeadlineExceeded: Nobody answered in time; whether it was applied is not known.
         """
         path, body = self._push_of(grads, loss, base_version, ())
-        document = self._run(
+        return self._run(
             lambda timeout: self._calls.send(
-                "POST", path, read_json, timeout, headers=_BINARY, body=body
+                "POST",
+                path,
+                lambda answer: Summary.of(read_json(answer)),
+                timeout,
+                headers=_BINARY,
+                body=body,
             )
         )
-        return Summary.of(document)
 
     def push_pull(
         self,
@@ -307,7 +317,7 @@ class Session:
 
     def info(self) -> dict[str, Any]:
         """Everything the server says of the session."""
-        found = self._document("GET", path_of(self.id))
+        found = self._document("GET", path_of(self.id), needs=("dtype",))
         self._note(found)
         return found
 
@@ -318,8 +328,8 @@ class Session:
     def history(self, *, limit: int = 1000, after_step: int = 0) -> list[dict[str, Any]]:
         """The last steps, the oldest first."""
         query = [("limit", str(limit)), ("after_step", str(after_step))]
-        steps = self._document("GET", path_of(self.id, "history", query=query))["steps"]
-        return list(steps)
+        path = path_of(self.id, "history", query=query)
+        return list(self._document("GET", path, needs=("steps",))["steps"])
 
     def set_params(self, params: Tensors, *, first_only: bool = False) -> None:
         """Uploads parameters, all or some; the moments stay and a new epoch begins.
@@ -331,21 +341,15 @@ class Session:
         headers = dict(_BINARY)
         if first_only:
             headers["If-None-Match"] = "*"
-        found = self._send("PUT", path_of(self.id, "params"), headers, body)
-        self._pulled({EPOCH: str(found["epoch"]), VERSION: str(found["version"])})
+        self._replace("params", headers, body)
 
     def state(self) -> State:
         """The whole optimizer state."""
         path = path_of(self.id, "state")
-        received, _ = self._run(
+        return self._run(
             lambda timeout: self._calls.send(
-                "GET", path, lambda answer: _tensors(answer, None), timeout,
-                headers={"Accept": SAFETENSORS},
+                "GET", path, _state, timeout, headers={"Accept": SAFETENSORS}
             )
-        )  # fmt: skip
-        facts = received.metadata
-        return State(
-            received.tensors, json.loads(facts["counts"]), int(facts["step"]), facts["rule"]
         )
 
     def set_state(self, state: State) -> None:
@@ -356,8 +360,7 @@ class Session:
             "rule": state.rule,
         }
         body = encode(state.tensors, self._master, facts)
-        found = self._send("PUT", path_of(self.id, "state"), _BINARY, body)
-        self._pulled({EPOCH: str(found["epoch"]), VERSION: str(found["version"])})
+        self._replace("state", _BINARY, body)
 
     def delete(self) -> None:
         """Ends the session on the server, for every worker."""
@@ -434,17 +437,24 @@ class Session:
             raise ClosedError("This session object was closed; attach again.")
         return self._retrier.run(attempt, final=final)
 
-    def _document(self, method: str, path: str, value: Any = None) -> dict[str, Any]:
-        return self._run(lambda timeout: self._calls.document(method, path, timeout, value))
-
-    def _send(
-        self, method: str, path: str, headers: Mapping[str, str], body: Sequence[Part]
+    def _document(
+        self, method: str, path: str, value: Any = None, needs: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        return self._run(
-            lambda timeout: self._calls.send(
-                method, path, read_json, timeout, headers=headers, body=body
-            )
+        return self._run(lambda timeout: self._calls.document(method, path, timeout, value, needs))
+
+    def _replace(self, what: str, headers: Mapping[str, str], body: Sequence[Part]) -> None:
+        """Uploads parameters or state and takes the version that results."""
+        path = path_of(self.id, what)
+
+        def read(answer: Answer) -> tuple[int, int]:
+            found = members(answer, ("epoch", "version"))
+            return int(found["epoch"]), int(found["version"])
+
+        version = self._run(
+            lambda timeout: self._calls.send("PUT", path, read, timeout, headers=headers, body=body)
         )
+        with self._lock:
+            self.version = version
 
     def _later(self, call: Callable[[], T]) -> "Future[T]":
         with self._lock:
@@ -461,6 +471,13 @@ class Session:
     def _pulled(self, said: Mapping[str, str]) -> None:
         with self._lock:
             self.version = (int(said[EPOCH]), int(said[VERSION]))
+
+
+def _state(answer: Answer) -> State:
+    received = decode(answer, None)
+    facts = received.metadata
+    counts = {str(name): int(count) for name, count in json.loads(facts["counts"]).items()}
+    return State(received.tensors, counts, int(facts["step"]), facts["rule"])
 
 
 def _tensors(answer: Answer, into: Buffer | None) -> tuple[Received, dict[str, str]]:

@@ -107,7 +107,7 @@ def decode(answer: Answer, into: Array | None) -> Received:
     except HeaderError as error:
         raise TransportError(f"The answer is broken: {error}") from error
     if into is None or into.size < header.data_bytes:
-        into = np.empty(header.data_bytes, np.uint8)
+        into = _room(header.data_bytes)
     if whole:
         into[: header.data_bytes] = np.frombuffer(whole, np.uint8)[8 + size :]
     else:
@@ -118,6 +118,14 @@ def decode(answer: Answer, into: Array | None) -> Received:
         t.name: _view(into[t.begin : t.end], t.dtype).reshape(t.shape) for t in header.tensors
     }
     return Received(tensors, dict(header.metadata), into)
+
+
+def _room(size: int) -> Array:
+    """A buffer of the size that an answer claims."""
+    try:
+        return np.empty(size, np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise TransportError(f"The answer claims {size} bytes; no memory for that.") from error
 
 
 def _length(answer: Answer) -> int | None:
