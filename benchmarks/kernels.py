@@ -21,27 +21,16 @@ from benchmarks.floors import seconds, spread, touching
 from kernels import cpu
 from kernels.pool import Pool
 from kernels.registry import RULES
+from service.hyper import BY_NAME
 
 Array = npt.NDArray[Any]
 
-HYPER: dict[str, dict[str, Any]] = {
-    "sgd": {"momentum": 0.9, "dampening": 0, "nesterov": False},
-    "momentum": {"beta": 0.9},
-    "adagrad": {"lr_decay": 0, "initial_accumulator_value": 0, "eps": 1e-10},
-    "rmsprop": {
-        "alpha": 0.99,
-        "eps": 1e-8,
-        "eps_inside_sqrt": True,
-        "momentum": 0,
-        "centered": False,
-    },
-    "adadelta": {"rho": 0.9, "eps": 1e-6},
-    "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
-    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
-}
+STATED = {"sgd": {"momentum": 0.9}, "adamw": {"weight_decay": 0.0}}
 TORCH = {
     "sgd": ("SGD", {"momentum": 0.9}), "adagrad": ("Adagrad", {}), "rmsprop": ("RMSprop", {}),
     "adadelta": ("Adadelta", {}), "adam": ("Adam", {}), "adamw": ("AdamW", {}),
+    "adamax": ("Adamax", {}), "nadam": ("NAdam", {}), "radam": ("RAdam", {}),
+    "asgd": ("ASGD", {}), "rprop": ("Rprop", {}),
 }  # fmt: skip
 FUSED = {"sgd", "adagrad", "adam", "adamw"}
 LR = 1e-3
@@ -56,7 +45,8 @@ class Memory(NamedTuple):
 
 
 def hyper(rule: str) -> dict[str, Any]:
-    return {"weight_decay": 0, "maximize": False, **HYPER[rule]}
+    """The service's own defaults; momentum where there is one, and no decay."""
+    return BY_NAME[rule].model_validate({"rule": rule, **STATED.get(rule, {})}).model_dump()
 
 
 def memory(rule: str, size: int) -> Memory:
@@ -71,7 +61,8 @@ def ours(rule: str, arrays: Memory, pool: Pool) -> Callable[[], object]:
     """One update in place by our loop; alone below the size from which the pool helps."""
     p, g, slots = arrays
     run = cpu.kernel(RULES[rule].variant(hyper(rule)), "F32", "F32")
-    h = np.array(RULES[rule].coefficients(hyper(rule), 10, LR), np.float32)
+    entry, chosen = RULES[rule], hyper(rule)
+    h = np.array(entry.coefficients(chosen, 10, LR, entry.start(chosen, LR)), np.float32)
     if len(cpu.chunks(0, p.size)) == 1:
         return lambda: run(p, p, g, slots, h, 0, p.size)
     return lambda: pool.run(spread(lambda lo, hi: run(p, p, g, slots, h, lo, hi), p.size))
@@ -145,12 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="Adam at 1 k, 1 M and 10 M only")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
-    parser.add_argument("--rules", nargs="*", choices=sorted(HYPER))
+    parser.add_argument("--rules", nargs="*", choices=sorted(RULES))
     parser.add_argument("--sizes", nargs="*", type=int)
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--samples", type=int, default=9)
     args = parser.parse_args()
-    rules = args.rules or (["adam"] if args.quick else list(HYPER))
+    rules = args.rules or (["adam"] if args.quick else list(RULES))
     sizes = args.sizes or (
         [1000, 1_000_000, 10_000_000]
         if args.quick

@@ -26,10 +26,10 @@ from gradpost import Buffer, Session
 from kernels import cpu
 from kernels.pool import Pool
 from kernels.registry import RULES
+from service.hyper import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
-HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0,
-         "amsgrad": False, "maximize": False}  # fmt: skip
+HYPER = BY_NAME["adam"].model_validate({"rule": "adam"}).model_dump()
 SLICE = 1 << 20
 
 
@@ -84,7 +84,7 @@ class Peers:
         self.pool = Pool(2)
         self.arrays = [np.zeros(size, np.float32) for _ in range(3)]
         self.loop = cpu.kernel("adam", "F32", "F32")
-        self.h = np.array(RULES["adam"].coefficients(HYPER, 5, 1e-3), np.float32)
+        self.h = np.array(RULES["adam"].coefficients(HYPER, 5, 1e-3, ()), np.float32)
 
     def raw_tcp(self) -> None:
         """The bytes over a blocking socket, there and back."""

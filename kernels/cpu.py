@@ -50,6 +50,7 @@ def {name}(p_in, p_out, g, {slots}h, lo, hi, copy):
     if not ({sound}) or h.size != {count}:
         return -1
     c = ({coefficients})
+    limit = h[h.size - 1]
     top = {top}(0)
     block = 4096 if copy else max(hi - lo, 1)
     for start in range(lo, hi, block):
@@ -58,7 +59,7 @@ def {name}(p_in, p_out, g, {slots}h, lo, hi, copy):
             for i in range(start, end):
                 store(p_out, i, load(p_in, i))
         for i in range(start, end):
-            new = {rule}(load(p_out, i), {cast}({gradient}), {olds}c)
+            new = {rule}(load(p_out, i), {gradient}, {olds}c)
             store(p_out, i, new[0])
 {stores}
             bits = absbits(new[0])
@@ -68,9 +69,11 @@ def {name}(p_in, p_out, g, {slots}h, lo, hi, copy):
 _SOUND: Final = "{0}.size >= hi and ({0}.strides[0] == {0}.itemsize or {0}.size < 2)"
 
 
-def _source(name: str, variant: str, master: str, grad: str) -> str:
+def _source(name: str, variant: str, master: str, grad: str, *, clamped: bool) -> str:
     slots = [f"s{k}" for k in range(slot_count(variant))]
     top, infinity = _TOP[master]
+    cast = "float32" if master == "F32" else "float64"
+    gradient = f"{cast}({_LOAD[grad].format('load(g, i)')})"
     return _SOURCE.format(
         name=name,
         rule=variant,
@@ -80,10 +83,9 @@ def _source(name: str, variant: str, master: str, grad: str) -> str:
         stores="\n".join(
             f"            store({slot}, i, new[{k}])" for k, slot in enumerate(slots, 1)
         ),
-        cast="float32" if master == "F32" else "float64",
-        gradient=_LOAD[grad].format("load(g, i)"),
+        gradient=f"clamp({gradient}, limit)" if clamped else gradient,
         sound=" and ".join(_SOUND.format(array) for array in ("p_in", "p_out", "g", *slots)),
-        count=COEFFICIENTS[variant],
+        count=COEFFICIENTS[variant] + clamped,
         top=top,
         infinity=infinity,
     )
@@ -113,6 +115,7 @@ def _register() -> None:
     jitable = register_jitable(error_model="numpy")
     jitable(rules.direction)
     jitable(rules.shrunk)
+    _GLOBALS["clamp"] = jitable(rules.clamp)
     for name, rule in rules.VARIANTS.items():
         _GLOBALS[name] = jitable(rule)
 
@@ -120,10 +123,11 @@ def _register() -> None:
 _register()
 
 
-def _compile(variant: str, master: str, grad: str, *, nogil: bool) -> Loop:
-    name = f"{variant}_{master}_{grad}{'' if nogil else '_gil'}"
+def _compile(variant: str, master: str, grad: str, *, clamped: bool, nogil: bool) -> Loop:
+    name = f"{variant}_{master}_{grad}{'_clamped' if clamped else ''}{'' if nogil else '_gil'}"
     scope = dict(_GLOBALS)
-    exec(compile(_source(name, variant, master, grad), f"<{name}>", "exec"), scope)
+    source = _source(name, variant, master, grad, clamped=clamped)
+    exec(compile(source, f"<{name}>", "exec"), scope)
     flat = _SCALAR[master][::1]
     signature = (
         *(flat, flat, _STORED[grad][::1]), *([flat] * slot_count(variant)),
@@ -135,13 +139,13 @@ def _compile(variant: str, master: str, grad: str, *, nogil: bool) -> Loop:
 class Kernel:
     """One rule's loop for one master dtype and one gradient dtype. Get it from `kernel`."""
 
-    def __init__(self, variant: str, master: str, grad: str) -> None:
+    def __init__(self, variant: str, master: str, grad: str, *, clamped: bool = False) -> None:
         """Compiles both forms, or loads them from the disk cache."""
         self.variant, self.master, self.grad = variant, master, grad
         self._slots = slot_count(variant)
         self._same, self._stored = MASTERS[master], GRADS[grad]
-        self._free = _compile(variant, master, grad, nogil=True)
-        self._held = _compile(variant, master, grad, nogil=False)
+        self._free = _compile(variant, master, grad, clamped=clamped, nogil=True)
+        self._held = _compile(variant, master, grad, clamped=clamped, nogil=False)
 
     def __call__(
         self,
@@ -161,7 +165,8 @@ class Kernel:
             p_out: master[n], receives the parameters after.
             g: the gradient, [n] in the wire dtype; BF16 as uint16, F16 as float16 or uint16.
             slots: master[n] each, in the order of the rule's slots.
-            h: master[k], the rule's coefficients of this step.
+            h: master[k], the rule's coefficients of this step; behind them, in a clamped kernel,
+                the largest size that an element of the gradient may have.
             lo: first element.
             hi: one past the last element.
 
@@ -199,30 +204,32 @@ class Kernel:
 
 
 _lock = threading.Lock()
-_kernels: dict[tuple[str, str, str], Kernel] = {}
+_kernels: dict[tuple[str, str, str, bool], Kernel] = {}
 
 
-def kernel(variant: str, master: str, grad: str) -> Kernel:
+def kernel(variant: str, master: str, grad: str, *, clamped: bool = False) -> Kernel:
     """Returns the loop of a scalar function, compiled on first use, once whoever asks.
 
     Args:
         variant: a name in `kernels.rules.VARIANTS`.
         master: dtype of parameters and state, F32 or F64.
         grad: dtype of gradients, F64, F32, F16 or BF16; rounded to the master dtype if it is wider.
+        clamped: clip the gradient by value, in the master dtype, before the rule sees it.
     """
-    key = (variant, master, grad)
+    key = (variant, master, grad, clamped)
     found = _kernels.get(key)
     if found is None:
         with _lock:
             found = _kernels.get(key)
             if found is None:
-                found = _kernels[key] = Kernel(*key)
+                found = Kernel(variant, master, grad, clamped=clamped)
+                _kernels[key] = found
     return found
 
 
-def ready(variant: str, master: str, grad: str) -> bool:
+def ready(variant: str, master: str, grad: str, *, clamped: bool = False) -> bool:
     """Tells whether `kernel` would answer at once."""
-    return (variant, master, grad) in _kernels
+    return (variant, master, grad, clamped) in _kernels
 
 
 def warm(wanted: Iterable[tuple[str, str, str]]) -> None:

@@ -44,6 +44,11 @@ def nonnegative(x: Any) -> Any:
     return type(x)(0) if x < 0 else x
 
 
+def signum(x: Any) -> Any:
+    """Returns 1, 0 or -1 in the dtype of x, as its sign says; 0 for NaN, as torch has it."""
+    return type(x)(int(x > 0) - int(x < 0))
+
+
 def load(array: Any, index: Any) -> Any:
     """Returns array[index] of a contiguous array; compiled code checks nothing."""
     return array[index]
@@ -199,6 +204,12 @@ def _emit_nonnegative(b: Any, args: Any, kinds: Any) -> Any:
     return b.select(b.fcmp_ordered("<", args[0], zero), zero, args[0])
 
 
+def _emit_signum(b: Any, args: Any, kinds: Any) -> Any:
+    zero, one, minus = (ir.Constant(args[0].type, value) for value in (0.0, 1.0, -1.0))
+    below = b.select(b.fcmp_ordered("<", args[0], zero), minus, zero)
+    return b.select(b.fcmp_ordered(">", args[0], zero), one, below)
+
+
 def _emit_absbits(b: Any, args: Any, kinds: Any) -> Any:
     kind, mask = (_I32, 0x7FFFFFFF) if args[0].type == _F32 else (_I64, 0x7FFFFFFFFFFFFFFF)
     return b.and_(b.bitcast(args[0], kind), ir.Constant(kind, mask))
@@ -260,6 +271,7 @@ def _emit_round_odd(b: Any, args: Any, kinds: Any) -> Any:
 _FLOATS = (types.float32, types.float64)
 _define(sqrt, lambda x: x, _FLOATS, _emit_sqrt)
 _define(nonnegative, lambda x: x, _FLOATS, _emit_nonnegative)
+_define(signum, lambda x: x, _FLOATS, _emit_signum)
 _define(
     absbits,
     lambda x: types.int32 if x == types.float32 else types.int64,

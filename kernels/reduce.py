@@ -29,7 +29,7 @@ _TYPES: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 _SOURCE: Final = """
-def {name}(g, lo, hi, out):
+def {name}({arrays}, lo, hi, out):
     lanes = empty(512, float64)
     for block in range(out.size):
         start = lo + block * 65536
@@ -37,7 +37,7 @@ def {name}(g, lo, hi, out):
         lanes[:] = 0.0
         for row in range(start, end, 512):
             a = g[row:min(row + 512, end)]
-            for j in range(a.size):
+{other}            for j in range(a.size):
                 x = {widen}
                 lanes[j] = fma(x, x, lanes[j])
         half = 256
@@ -52,23 +52,34 @@ _GLOBALS: Final[dict[str, Any]] = {
     "widen_f16": prims.widen_f16, "widen_bf16": prims.widen_bf16,
 }  # fmt: skip
 
+_OTHER: Final = "            b = was[row:min(row + 512, end)]\n"
+
 _lock = threading.Lock()
-_loops: dict[str, Callable[..., None]] = {}
+_loops: dict[tuple[str, bool], Callable[..., None]] = {}
 
 
-def _loop(dtype: str) -> Callable[..., None]:
-    found = _loops.get(dtype)
+def _loop(dtype: str, *, change: bool = False) -> Callable[..., None]:
+    key = (dtype, change)
+    found = _loops.get(key)
     if found is not None:
         return found
     with _lock:
-        if dtype not in _loops:
-            name = f"sumsq_{dtype}"
+        if key not in _loops:
+            name = f"sumsq_{'change_' if change else ''}{dtype}"
+            widen = _WIDEN[dtype].format("a[j]")
+            text = _SOURCE.format(
+                name=name,
+                arrays="g, was" if change else "g",
+                other=_OTHER if change else "",
+                widen=f"{widen} - {_WIDEN[dtype].format('b[j]')}" if change else widen,
+            )
             scope = dict(_GLOBALS)
-            text = _SOURCE.format(name=name, widen=_WIDEN[dtype].format("a[j]"))
             exec(compile(text, f"<{name}>", "exec"), scope)
-            signature = (_TYPES[dtype][::1], types.int64, types.int64, types.float64[::1])
-            _loops[dtype] = compile_cached(scope[name], signature, nogil=True)
-        return _loops[dtype]
+            flat = _TYPES[dtype][::1]
+            arrays = (flat, flat) if change else (flat,)
+            signature = (*arrays, types.int64, types.int64, types.float64[::1])
+            _loops[key] = compile_cached(scope[name], signature, nogil=True)
+        return _loops[key]
 
 
 def sumsq(g: Array, dtype: str, lo: int, hi: int) -> npt.NDArray[np.float64]:
@@ -84,11 +95,30 @@ def sumsq(g: Array, dtype: str, lo: int, hi: int) -> npt.NDArray[np.float64]:
         ValueError: wrong dtype or bounds.
     """
     g = stored(g, dtype)
-    if lo % BLOCK or not 0 <= lo <= hi <= g.size or (hi % BLOCK and hi != g.size):
-        raise ValueError(f"bounds {lo}:{hi} of {g.size} are not on blocks of {BLOCK}")
-    out = np.empty(-(-(hi - lo) // BLOCK), np.float64)
+    out = _room(g.size, lo, hi)
     _loop(dtype)(g, lo, hi, out)
     return out
+
+
+def sumsq_change(now: Array, was: Array, dtype: str, lo: int, hi: int) -> npt.NDArray[np.float64]:
+    """As `sumsq`, of the difference of two arrays of one dtype and size.
+
+    Raises:
+        ValueError: wrong dtype, sizes or bounds.
+    """
+    now, was = stored(now, dtype), stored(was, dtype)
+    if now.size != was.size:
+        raise ValueError(f"{now.size} and {was.size} elements")
+    out = _room(now.size, lo, hi)
+    _loop(dtype, change=True)(now, was, lo, hi, out)
+    return out
+
+
+def _room(size: int, lo: int, hi: int) -> npt.NDArray[np.float64]:
+    """One float64 for each block, if the bounds lie on blocks."""
+    if lo % BLOCK or not 0 <= lo <= hi <= size or (hi % BLOCK and hi != size):
+        raise ValueError(f"bounds {lo}:{hi} of {size} are not on blocks of {BLOCK}")
+    return np.empty(-(-(hi - lo) // BLOCK), np.float64)
 
 
 def total(partials: Array) -> float:
@@ -97,6 +127,19 @@ def total(partials: Array) -> float:
     for value in partials.tolist():
         result += value
     return result
+
+
+def largest(g: Array, dtype: str) -> float:
+    """Returns the size of the largest element, or NaN if one is NaN; 0 if there is none."""
+    g = stored(g, dtype)
+    if not g.size:
+        return 0.0
+    if dtype in ("F64", "F32"):
+        return max(float(g.max()), -float(g.min()))
+    top = np.array([max(int((g[k : k + BLOCK] & 0x7FFF).max()) for k in range(0, g.size, BLOCK))])
+    if dtype == "F16":
+        return float(top.astype(np.uint16).view(np.float16)[0])
+    return float((top.astype(np.uint32) << 16).view(np.float32)[0])
 
 
 def _finite(part: Array, dtype: str) -> npt.NDArray[np.bool_]:
@@ -125,10 +168,15 @@ def all_finite(g: Array, dtype: str) -> bool:
 
 def ready(dtype: str) -> bool:
     """Tells whether `sumsq` would start at once."""
-    return dtype in _loops
+    return (dtype, False) in _loops
 
 
 def warm(dtypes: Iterable[str]) -> None:
     """Compiles or loads the sums of squares for each wire dtype."""
     for dtype in dtypes:
         _loop(dtype)
+
+
+def warm_change(dtype: str) -> None:
+    """Compiles or loads `sumsq_change` for a dtype."""
+    _loop(dtype, change=True)

@@ -10,7 +10,7 @@ sign``: L2 decay, and -1 to maximize.
 
 from typing import Any
 
-from kernels.prims import fma, nonnegative, sqrt
+from kernels.prims import fma, nonnegative, signum, sqrt
 
 
 def direction(p: Any, g: Any, wd: Any, sign: Any) -> Any:
@@ -22,6 +22,13 @@ def direction(p: Any, g: Any, wd: Any, sign: Any) -> Any:
 def shrunk(p: Any, decay: Any) -> Any:
     """Returns p + decay*p, rounded once where p*(1 + decay) would round twice; p if decay is 0."""
     return fma(decay, p, p) if decay != 0 else p
+
+
+def clamp(g: Any, limit: Any) -> Any:
+    """Returns g within -limit and limit; the loops call it before a rule, to clip by value."""
+    if g > limit:
+        return limit
+    return -limit if g < -limit else g
 
 
 def sgd(p: Any, g: Any, c: Any) -> Any:
@@ -134,11 +141,104 @@ def adam_amsgrad(p: Any, g: Any, m: Any, v: Any, w: Any, c: Any) -> Any:
     return fma(neg_step, m / fma(sqrt(w), unbias, eps), shrunk(p, decay)), m, v, w
 
 
+def adamax(p: Any, g: Any, m: Any, u: Any, c: Any) -> Any:
+    """Takes u = max(b2*u, |g| + eps); p -= lr * m_hat/u (Kingma & Ba 2015, Algorithm 2).
+
+    eps is where torch adds it; the article has none.
+    """
+    neg_step, b1, rest1, b2, eps, wd, sign = c
+    g = direction(p, g, wd, sign)
+    m = fma(b1, m, rest1 * g)
+    faded, seen = b2 * u, abs(g) + eps
+    u = faded if faded >= seen else seen  # a NaN in g reaches u
+    return fma(neg_step, m / u, p), m, u
+
+
+def nadam(p: Any, g: Any, m: Any, v: Any, c: Any) -> Any:
+    """Takes p -= a * (g + ahead*m)/(sqrt(v_hat) + eps) (Dozat 2016, in torch's form).
+
+    a = lr*(1 - mu_t)/(1 - mu_1*...*mu_t) takes the gradient, a*ahead the average as it will count
+    in the next step.
+    """
+    neg_step, ahead, b1, rest1, b2, rest2, unbias, eps, decay, wd, sign = c
+    g = direction(p, g, wd, sign)
+    m = fma(b1, m, rest1 * g)
+    v = fma(b2, v, rest2 * g * g)
+    move = fma(ahead, m, g) / fma(sqrt(v), unbias, eps)
+    return fma(neg_step, move, shrunk(p, decay)), m, v
+
+
+def radam(p: Any, g: Any, m: Any, v: Any, c: Any) -> Any:
+    """Takes p -= lr * m_hat/(slope*sqrt(v) + base) (Liu et al. 2020, Algorithm 2, as torch).
+
+    While the variance of v is intractable, slope is 0 and base 1; later slope holds the bias
+    correction and the rectification, and base is slope*eps.
+    """
+    neg_step, b1, rest1, b2, rest2, slope, base, decay, wd, sign = c
+    g = direction(p, g, wd, sign)
+    m = fma(b1, m, rest1 * g)
+    v = fma(b2, v, rest2 * g * g)
+    root = fma(slope, sqrt(v), base) if slope != 0 else base  # 0*inf would be NaN
+    return fma(neg_step, m / root, shrunk(p, decay)), m, v
+
+
+def asgd(p: Any, g: Any, a: Any, c: Any) -> Any:
+    """Takes p -= eta*(lambd*p + g); a += mu*(p - a) (Polyak & Juditsky 1992, in torch's form).
+
+    ``decay`` is -eta*lambd; with ``copy`` (mu is 1) a is p itself.
+    """
+    neg_eta, decay, mu, copy, wd, sign = c
+    less = shrunk(p, decay)
+    less = less if less == less else p  # an infinite p stays, for lambd is above 0 by default
+    p = fma(neg_eta, direction(p, g, wd, sign), less)
+    return p, p if copy != 0 else fma(mu, p - a, a)
+
+
+def rprop(p: Any, g: Any, last: Any, s: Any, c: Any) -> Any:
+    """Takes p -= sign(g)*s; s grows while g keeps its sign (Riedmiller & Braun 1993).
+
+    Where the sign turns, s shrinks and g counts as 0 there and in the next comparison (Igel &
+    Hüsken 2000, iRprop-, which is torch's).
+    """
+    shrink, grow, low, high, zero, wd, sign = c
+    g = direction(p, g, wd, sign)
+    along = g * last
+    s = s * grow if along > 0 else (s * shrink if along < 0 else s)
+    s = low if s < low else s
+    s = high if s > high else s
+    g = zero if along < 0 else g
+    return fma(-signum(g), s, p), g, s
+
+
+def lion(p: Any, g: Any, m: Any, c: Any) -> Any:
+    """Takes p -= lr*(sign(b1*m + (1-b1)*g) + weight_decay*p) (Chen et al. 2023, Algorithm 2).
+
+    m = b2*m + (1-b2)*g follows; ``decay`` is -lr*weight_decay.
+    """
+    neg_lr, b1, rest1, b2, rest2, decay, wd, sign = c
+    g = direction(p, g, wd, sign)
+    move = signum(fma(b1, m, rest1 * g))
+    return fma(neg_lr, move, shrunk(p, decay)), fma(b2, m, rest2 * g)
+
+
+def yogi(p: Any, g: Any, m: Any, v: Any, c: Any) -> Any:
+    """Takes v -= (1-b2)*sign(v - g*g)*g*g; p -= lr*m/(sqrt(v) + eps) (Zaheer et al. 2018, Alg. 2).
+
+    The sign is exact: v - g*g is rounded once.
+    """
+    neg_step, b1, rest1, rest2, unbias, eps, wd, sign = c
+    g = direction(p, g, wd, sign)
+    m = fma(b1, m, rest1 * g)
+    v = fma(-signum(fma(-g, g, v)) * rest2 * g, g, v)
+    return fma(neg_step, m / fma(sqrt(v), unbias, eps), p), m, v
+
+
 VARIANTS = {
     rule.__name__: rule
     for rule in (
         sgd, sgd_momentum, sgd_nesterov, momentum, adagrad, rmsprop, rmsprop_momentum,
-        rmsprop_centered, rmsprop_centered_momentum, adadelta, adam, adam_amsgrad,
+        rmsprop_centered, rmsprop_centered_momentum, adadelta, adam, adam_amsgrad, adamax, nadam,
+        radam, asgd, rprop, lion, yogi,
     )
 }  # fmt: skip
 """Every scalar function by name."""

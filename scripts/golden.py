@@ -1,7 +1,8 @@
 """Writes tests/golden/torch.npz: what torch makes of the same gradients, for tests without torch.
 
 Run it in an environment that has torch 2.13 beside NumPy: ``python scripts/golden.py``. Everything
-is float64 on one thread, so that only the formulas matter, not how a float32 loop rounds.
+is float64 on one thread, torch's scalars too, so that only the formulas matter, not how a float32
+loop rounds.
 """
 
 import json
@@ -32,18 +33,34 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [
     ("adam", "Adam", {"lr": 0.01}),
     ("adam", "Adam", {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
     ("adam", "Adam", {"lr": 0.01, "betas": [0.5, 0.7], "eps": 0.01, "maximize": True}),
+    ("adam", "Adam", {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("adamw", "AdamW", {"lr": 0.01}),
     ("adamw", "AdamW", {"lr": 0.01, "weight_decay": 0.5, "amsgrad": True, "maximize": True}),
+    ("adamax", "Adamax", {"lr": 0.01}),
+    ("adamax", "Adamax", {"lr": 0.01, "betas": [0.5, 0.7], "weight_decay": 0.1, "maximize": True}),
+    ("nadam", "NAdam", {"lr": 0.01}),
+    ("nadam", "NAdam", {"lr": 0.01, "momentum_decay": 0.3, "weight_decay": 0.1, "maximize": True}),
+    ("nadam", "NAdam", {"lr": 0.01, "weight_decay": 0.5, "decoupled_weight_decay": True}),
+    ("radam", "RAdam", {"lr": 0.01}),
+    ("radam", "RAdam", {"lr": 0.01, "betas": [0.5, 0.9], "weight_decay": 0.1, "maximize": True}),
+    ("radam", "RAdam", {"lr": 0.01, "weight_decay": 0.5, "decoupled_weight_decay": True}),
+    ("asgd", "ASGD", {"lr": 0.1}),
+    ("asgd", "ASGD", {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 3.0, "weight_decay": 0.1}),
+    ("asgd", "ASGD", {"lr": 0.1, "t0": 1.5, "maximize": True}),
+    ("rprop", "Rprop", {"lr": 0.1}),
+    ("rprop", "Rprop", {"lr": 0.1, "etas": [0.3, 1.7], "maximize": True}),
+    ("rprop", "Rprop", {"lr": 0.1, "step_sizes": [0.09, 0.12]}),
 ]
 STATE = (
     "momentum_buffer", "sum", "square_avg", "grad_avg", "acc_delta",
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq",
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "ax", "prev", "step_size",
 )  # fmt: skip
+SCALARS = ("mu_product", "eta", "mu")
 
 
 def _follow(name: str, options: dict[str, Any], start: Any, grads: Any) -> tuple[Any, Any]:
     p = torch.nn.Parameter(torch.tensor(start))
-    options = {k: tuple(v) if k == "betas" else v for k, v in options.items()}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     optimizer = getattr(torch.optim, name)([p], foreach=False, **options)
     path = []
     for g in grads:
@@ -56,6 +73,7 @@ def _follow(name: str, options: dict[str, Any], start: Any, grads: Any) -> tuple
 def main() -> None:
     """Runs every configuration and writes the file."""
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     rng = np.random.default_rng(SEED)
     start = rng.standard_normal(SIZE)
     grads = rng.standard_normal((STEPS, SIZE)) * np.geomspace(1e-6, 1e3, SIZE)
@@ -67,7 +85,8 @@ def main() -> None:
         arrays[f"{index}/params"] = path
         arrays.update({f"{index}/{key}": state[key].numpy() for key in kept})
         own = {**options, "eps_inside_sqrt": False} if rule == "rmsprop" else options
-        configs.append({"rule": rule, "options": own, "state": kept})
+        scalars = {key: float(state[key]) for key in SCALARS if key in state}
+        configs.append({"rule": rule, "options": own, "state": kept, "scalars": scalars})
     about = {"torch": torch.__version__.split("+")[0], "configs": configs}
     arrays["about"] = np.array(json.dumps(about))
     TARGET.parent.mkdir(exist_ok=True)

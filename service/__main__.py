@@ -9,6 +9,7 @@ import signal
 import socket
 import stat
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,18 +79,35 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: Any) -> None:
         super().__init__(config)
         self._gradpost = app
+        self._settings: Settings = app.state.settings
+        self._log = logs.make(self._settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts, then prints the one line for people."""
         await super().startup(sockets)
-        if self.started:
-            print(f"gradpost listens on {self.address()}", flush=True)
+        if not self.started:
+            return
+        settings = self._settings
+        if settings.uds:  # uvicorn opens it to everybody
+            os.chmod(settings.uds, int(settings.uds_mode, 8))
+        print(f"gradpost listens on {self.address()}", flush=True)
+        self._log.info(
+            "started",
+            address=self.address(),
+            key=settings.api_key is not None,
+            threads=settings.threads,
+            memory_bytes=settings.memory_bytes,
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Not ready first, so that a probe on an open connection sees it; then uvicorn's drain."""
         self._gradpost.state.ready.stop()
-        self._gradpost.state.sessions.dismiss()
+        sessions = self._gradpost.state.sessions
+        self._log.info("stopping", sessions_lost=len(sessions))
+        sessions.dismiss()
         await super().shutdown(sockets)
+        if self._settings.uds:
+            Path(self._settings.uds).unlink(missing_ok=True)
 
     def address(self) -> str:
         """URL or socket path that clients use, with the real port where 0 was asked for."""
@@ -127,10 +145,21 @@ def configuration(app: Any, settings: Settings) -> uvicorn.Config:
     )
 
 
+def unknown_settings(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: a misspelt one must not pass unseen."""
+    known = {f"GRADPOST_{name.upper()}" for name in Settings.model_fields}
+    return sorted(
+        name for name in environment if name.startswith("GRADPOST_") and name not in known
+    )
+
+
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, drains, and returns 0; 1 if the address is taken."""
     _tune()
-    logs.bridge(logs.make(settings))
+    log = logs.make(settings)
+    logs.bridge(log)
+    for name in unknown_settings(os.environ):
+        log.warning("no such setting", variable=name, see="docs/configuration.md")
     previous = _catch_stop()
     try:
         from service.app import create_app  # after mallopt: importing allocates

@@ -53,7 +53,7 @@ class TensorAnswer(Response):
             "status": self.status_code,
             "headers": self.raw_headers,
         }
-        if 0 < int(self.headers["content-length"]) <= COPIED and scope["method"] != "HEAD":
+        if 0 < int(self.headers["content-length"]) <= COPIED:
             # One copy is cheaper than three messages and a barrier, and frees the buffers at once.
             body = b"".join(self.parts)
             self.close()
@@ -62,9 +62,8 @@ class TensorAnswer(Response):
             return
         try:
             await send(start)
-            if scope["method"] != "HEAD":
-                for part in self.parts:
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+            for part in self.parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except BaseException:
             # Cancelled or refused half way: the transport may still hold a view of a buffer that is

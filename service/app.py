@@ -7,15 +7,23 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 
 from kernels.pool import Pool
-from service import errors, warm
+from service import errors, logs, warm
 from service.front import Front
 from service.limits import Budget, Uploads
 from service.metrics import Metrics
-from service.routes import health, history, params, server, sessions, state, steps
+from service.routes import (
+    groups,
+    health,
+    history,
+    params,
+    schedule,
+    server,
+    sessions,
+    state,
+    steps,
+)
 from service.schemas import CreateSession
 from service.sessions.registry import Sessions
 from service.sessions.session import Shared
@@ -36,6 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
         docs_url="/docs",
         redoc_url=None,
+        redirect_slashes=False,  # a redirect repeats the Host that the caller chose
     )
     metrics = Metrics()
     budget = Budget(settings.memory_bytes)
@@ -49,12 +58,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.sessions = Sessions(Shared(settings, pool, budget, metrics))
     metrics.watch(lambda: len(app.state.sessions), lambda: budget.used, lambda: budget.total)
     errors.install(app)
-    app.add_exception_handler(ClientDisconnect, _gone)
     # The router matches in order: the hot routes come first.
-    for module in (steps, params, state, history, sessions, server, health):
+    for module in (steps, params, state, history, schedule, groups, sessions, server, health):
         app.include_router(module.router)
     app.router.routes.insert(0, steps.plain)
     app.add_middleware(Front, settings=settings, metrics=metrics)
+    # FastAPI's own way to another document is to replace the method.
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
@@ -62,21 +71,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     warming = asyncio.create_task(asyncio.to_thread(_warm, app))
-    yield
-    await warming
-    await app.state.sessions.drain()
-    app.state.pool.close()
+    try:
+        yield
+    finally:  # a second signal cancels the rest; the thread of the warm-up must end all the same
+        app.state.ready.stop()
+    try:
+        await warming
+    finally:
+        await app.state.sessions.drain()
+        app.state.pool.close()
 
 
 def _warm(app: FastAPI) -> None:
-    """Loads the kernels of the rules that ready waits for."""
-    warm.warm(app.state.settings.warm_rules, masters=("F32",))
-    app.state.ready.done("warm-up")
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    """A client that left while it sent: nothing was applied, nobody reads the answer."""
-    return Response(status_code=499)
+    """Loads the kernels of the rules that ready waits for, until a stop is asked for."""
+    settings, ready = app.state.settings, app.state.ready
+    try:
+        warm.warm(settings.warm_rules, ("F32",), ready.stop_asked)
+    except Exception as error:
+        ready.failed("warm-up")
+        logs.make(settings).error("the warm-up failed; /health/ready stays 503", exc_info=error)
+    else:
+        ready.done("warm-up")
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 Without a key only this machine is answered. What a page in a browser of this machine could do is
 then bounded by two rules: a foreign `Origin` is refused, and so is a `Host` that is a public name
 (DNS rebinding makes such a page same-origin, so that `Origin` alone does not show it).
-`X-Forwarded-For` and its kin are never believed: they only ever make a caller *less* local.
+`X-Forwarded-For` and its kin are never believed: they only ever make a caller *less* local. A proxy
+on this machine that adds none of them can not be told from a local caller.
 """
 
 import functools
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from service.errors import KeyMissing, KeyRequired, KeyWrong, OriginRefused
+from service.errors import BadRequest, KeyMissing, KeyRequired, KeyWrong, OriginRefused
 from service.settings import Settings
 
-_FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip")
+_FORWARDED = frozenset({b"forwarded", b"via", b"x-real-ip"})  # and every X-Forwarded-*
+_SINGLE = frozenset({b"authorization", b"host", b"origin"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LOCAL_SUFFIXES = (".localhost", ".internal", ".local", ".test")
 
@@ -26,7 +28,7 @@ def is_local(scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> bool:
 
     A forwarding header means that a proxy speaks for somebody else, who is not local.
     """
-    if any(name in headers for name in _FORWARDED):
+    if any(name in _FORWARDED or name.startswith(b"x-forwarded-") for name in headers):
         return False
     client, server = scope.get("client"), scope.get("server")
     if client is None:
@@ -45,6 +47,19 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def check_single(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Refuses a second `Host`, `Authorization` or `Origin`.
+
+    A proxy may read the first one and we the last; then each rule is one that nobody checked.
+
+    Raises:
+        BadRequest: One of them is there twice.
+    """
+    names = [name for name, _ in headers if name in _SINGLE]
+    if len(names) > len(set(names)):
+        raise BadRequest("Send Host, Authorization and Origin once each.")
 
 
 def check_key(settings: Settings, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:

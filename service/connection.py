@@ -7,9 +7,18 @@ What stock uvicorn leaves open, and what stands here instead:
 - A body that stops or drips: `body()` raises RequestTimeout, so that the client reads a 408.
 - A reader that stops or drips: the connection is aborted. `transport.close()` would wait for the
   flush, and hold the parameters that are being sent.
+- A body that holds memory for long: the least rate grows with its length, see `watch_body`.
 - A refusal while the body is still coming: a plain answer, and the rest is swallowed, up to
   `drain_bytes` and `drain_timeout_s`. Closing with bytes unread sends a RST, and a client may never
   read why. Stock swallows without any bound, and forgets the keep-alive timer.
+- What is no HTTP: the requests before it are answered, in order, then a 400 problem; nothing after
+  it is parsed. Stock cuts in, so that a push that is applied reads 400.
+- `Upgrade`: the parser takes the body behind it for another protocol, and would parse it as the
+  next request. With a body it is refused; without one it is ignored, and the connection ends.
+- Pipelining: nothing is read while a request is queued, and at most `queued` may be. Stock reads on
+  after each answer, and queues all that one read holds.
+- Trailers: counted as head, and dropped; stock adds them to the headers of the request.
+- Connections beyond `max_connections`: 503, except for `/health/`.
 - The write barrier: a message sent after a body waits until the transport holds none of it.
 
 This leans on internals of uvicorn (`cycle`, `flow`, `pipeline`, the parser's callbacks), so the
@@ -20,18 +29,25 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+import httptools
 import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gradpost.protocol import PROBLEM
-from service.errors import BadRequest, RequestTimeout
+from service.errors import BadRequest, Overloaded, RequestTimeout, ServiceError
+from service.flow import Flow, Pace
 
 TESTED_UVICORN = "0.54.0"
 EXTENSION = "gradpost.connection"
+# A body may take this long at any length; a longer one must come at this many times the least rate.
+BODY_TERM_S, LONG_BODY_RATE = 60, 256
+
+_FRAMING = (b"content-length", b"transfer-encoding")
+_NO_HTTP = "This is not a valid HTTP/1.1 request; what was answered before it holds."
 
 if uvicorn.__version__ != TESTED_UVICORN:
     raise ImportError(
@@ -47,6 +63,7 @@ class ConnectionLimits:
 
     `drain_bytes` must be at least the largest body that is admitted anywhere, or a refusal of
     such a body does not reach every client. The least rates count once the idle time has passed.
+    `head_bytes` is the request line and the headers.
     """
 
     header_timeout_s: float = 10.0
@@ -56,53 +73,21 @@ class ConnectionLimits:
     reader_min_bytes_per_s: float = 4096.0
     drain_timeout_s: float = 10.0
     drain_bytes: int = 1 << 30
-    head_bytes: ClassVar[int] = 65536  # request line and headers: no setting, as nothing needs more
+    head_bytes: int = 65536
+    max_connections: int = 1000
+    queued: ClassVar[int] = 64  # requests behind the one that is answered; no setting
 
 
-class Pace:
-    """Watches a byte counter; calls `late` once when it stops for `idle_s` or falls behind `least`.
+class HeadTooLarge(BadRequest):
+    """Request line and headers, or trailers, are too large."""
 
-    One lazy timer instead of one per chunk, which would cost a tenth of a large upload. So it is
-    late itself, by half of `idle_s` at most.
-    """
+    status = 431
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        idle_s: float,
-        least: float,
-        count: Callable[[], int],
-        late: Callable[[], None],
-    ) -> None:
-        self.loop, self.idle_s, self.least, self.count, self.late = loop, idle_s, least, count, late
-        self.first = self.last = count()
-        self.start = self.moved = loop.time()
-        self.held_at: float | None = None
-        self.timer = loop.call_later(idle_s / 2, self._tick)
 
-    def _tick(self) -> None:
-        now = self.loop.time()
-        if self.held_at is None:
-            if (done := self.count()) != self.last:
-                self.last, self.moved = done, now
-            owed = self.least * (now - self.start - self.idle_s)
-            if now - self.moved >= self.idle_s or done - self.first < owed:
-                return self.late()
-        self.timer = self.loop.call_later(self.idle_s / 2, self._tick)
+class Full(Overloaded):
+    """The server has as many connections as it admits."""
 
-    def hold(self) -> None:
-        """Stops the clock: the peer is not the one that is awaited."""
-        self.held_at = self.loop.time()
-
-    def go(self) -> None:
-        """Lets the clock run again."""
-        if self.held_at is not None:
-            away = self.loop.time() - self.held_at
-            self.start, self.moved, self.held_at = self.start + away, self.moved + away, None
-
-    def stop(self) -> None:
-        """Ends the watch."""
-        self.timer.cancel()
+    status = 503
 
 
 class Connection(HttpToolsProtocol):
@@ -110,14 +95,17 @@ class Connection(HttpToolsProtocol):
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
 
+    flow: Flow
     deadline: asyncio.TimerHandle | None = None  # of the head, or of swallowing
     reader: Pace | None = None
     in_head = True  # between the first byte of a request and the end of its head; or nothing yet
     in_body = False  # the head is complete, the body is not
     swallowing = False  # the answer went out before the body was in
-    too_large = False
+    surplus = False  # beyond `max_connections` when it was made
+    ended = False  # nothing more is parsed
+    refusal: ServiceError | None = None  # why, where it is not that the bytes are no HTTP
     began = False  # a request began in the piece that was just fed
-    head = 0  # bytes of the head that is being read, as they came
+    head = 0  # bytes of the head (or of trailers) that is being read, as they came
     parsed = 0  # the same, as the parser hands them out
     received = 0  # bytes of the body that is being read
     swallowed = 0
@@ -139,9 +127,12 @@ class Connection(HttpToolsProtocol):
         # Half a pipelined request must not cost the answer to the one before it.
         self._await_head() if self._busy() else self.transport.abort()
 
+    # asyncio types a protocol by BaseTransport and hands every TCP or Unix one a Transport.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Sets the barrier and starts the clock of the first head."""
         super().connection_made(transport)
+        self.flow = Flow(transport)
+        self.surplus = len(self.connections) > self.limits.max_connections
         # 0: any byte unsent pauses the writer. With TLS 0 pauses for ever (its layer tests 0 >= 0).
         transport.set_write_buffer_limits(high=int(self.scheme == "https"), low=0)
         self._await_head()
@@ -154,24 +145,37 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # stock leaves it running when there was an error
 
     def data_received(self, data: bytes) -> None:
-        """Feeds the parser; refuses a head that grows without end."""
-        self.began = False
-        super().data_received(data)
-        if self.transport.is_closing() or self.in_body:
+        """Feeds the parser, until something is no HTTP for us; refuses a head without end."""
+        if self.ended:
+            self._swallow(len(data))
             return
-        # The parser keeps an unfinished header line to itself, so bytes are counted here too; not
-        # those of the piece in which the request began, as a body before it may fill most of it.
-        if self.in_head:
-            self.head += 0 if self.began else len(data)
+        self._unset_keepalive_if_required()
+        self.began, received = False, self.received
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # It has no body and is answered; the parser dropped what came behind it.
+            self.ended = True
+            self.flow.hold()
+        except httptools.HttpParserError:
+            self._fail()
+        if self.ended or self.transport.is_closing():
+            return
+        # The parser keeps an unfinished line of a head or a trailer to itself, so bytes are counted
+        # here too; not those of a piece that holds a body, or in which the request began.
+        if self.in_head or self.in_body:
+            quiet = not self.began and self.received == received
+            self.head = self.head + len(data) if quiet else 0
             if self.head > self.limits.head_bytes:
-                self.too_large = True
-                self.send_400_response("")
+                self.refusal = self._too_large()
+                self._fail()
         elif not self._busy() and self.timeout_keep_alive_task is None:
             self._await_head()  # empty lines stop the keep-alive timer and begin no request
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
+        # ASGI types an extension as a dict; the object itself is what `abort` and `body` need.
         self.scope["extensions"] = {EXTENSION: self}  # type: ignore[dict-item]
         self.in_head = self.began = True
         self.head = self.parsed = self.received = 0
@@ -180,8 +184,16 @@ class Connection(HttpToolsProtocol):
     def _grow(self, size: int) -> None:
         self.parsed += size
         if self.parsed > self.limits.head_bytes:
-            self.too_large = True
-            raise ValueError("request head too large")  # the parser stops; see send_400_response
+            self._refuse(self._too_large())
+
+    def _too_large(self) -> ServiceError:
+        return HeadTooLarge(
+            f"Request line and headers must be at most {self.limits.head_bytes} bytes."
+        )
+
+    def _refuse(self, error: ServiceError) -> NoReturn:
+        self.refusal = error
+        raise error  # the parser stops: see data_received
 
     def on_url(self, url: bytes) -> None:
         """Takes a piece of the target."""
@@ -191,22 +203,54 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Takes a header; each counts 32 bytes more, as an object costs memory even when empty."""
         self._grow(len(name) + len(value) + 32)
-        super().on_header(name, value)
+        if not self.in_body:  # else a trailer, which must not become `Authorization`
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is complete, the application starts."""
+        """The head is complete: the application starts, or the head is refused."""
+        self._admit()
+        super().on_headers_complete()  # may raise too: its request has not begun then
         self._arm(None)
         self.in_head, self.in_body = False, True
-        super().on_headers_complete()
+        if self.surplus or self.parser.should_upgrade():
+            self.cycle.keep_alive = False
+        if self.pipeline:
+            self.flow.hold()
+
+    def _admit(self) -> None:
+        limits = self.limits
+        if self.surplus and not self.url.startswith(b"/health/"):
+            self._refuse(
+                Full(
+                    f"{limits.max_connections} connections are open, as many as this server admits"
+                    " (GRADPOST_MAX_CONNECTIONS). Send the same request again on a new one.",
+                    retry_after_s=1,
+                )
+            )
+        if len(self.pipeline) >= limits.queued:
+            self._refuse(
+                Overloaded(
+                    f"{limits.queued} requests wait on this connection, as many as may. Those up to"
+                    " here are answered; read the answers before you send more.",
+                    retry_after_s=1,
+                )
+            )
+        if self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers):
+            self._refuse(
+                BadRequest("A request with a body is read without Upgrade only; send it so.")
+            )
 
     def on_body(self, body: bytes) -> None:
         """Counts, and passes on or swallows."""
         self.received += len(body)
         if self.swallowing:
-            self.swallowed += len(body)
-            if self.swallowed > self.limits.drain_bytes:
-                self.transport.abort()
+            self._swallow(len(body))
         super().on_body(body)
+
+    def _swallow(self, size: int) -> None:
+        self.swallowed += size
+        if self.swallowed > self.limits.drain_bytes:
+            self.transport.abort()
 
     def on_message_complete(self) -> None:
         """The body is complete."""
@@ -223,16 +267,54 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is out; if it came before its request was in, the rest is swallowed."""
         # A queued request is not the one answered; its body may be open with nothing refused.
-        early = self.in_body and not self.pipeline and self.cycle.response_complete
+        last = not self.pipeline
+        early = self.in_body and last and self.cycle.response_complete
         super().on_response_complete()
         if self.transport.is_closing():
             return
+        if self.ended:
+            if last:
+                self._end()
+            return
+        if not self.pipeline:
+            self.flow.let_go()
         if early:
             self._unset_keepalive_if_required()
             self.swallowing, self.swallowed = True, 0
             self._arm(self.limits.drain_timeout_s)
         elif self.in_head and self.deadline is not None:
             self._await_head()  # reading may have been paused until now: a whole term from here
+
+    def _fail(self) -> None:
+        """What came is no HTTP, or too much: what is owed is answered, then the refusal."""
+        self.ended = True
+        self._arm(None)
+        if self.in_body and not self.pipeline:  # it is the running request that broke
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+            self.cycle.disconnected = True  # so that the application's answer is not a second one
+            self.cycle.message_event.set()
+            self._end()
+        elif self.in_body or self._busy():
+            if self.in_body:
+                self.pipeline.popleft()  # its head was good, so it waits there
+            self.flow.hold()
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        """Sends the refusal, then swallows until the client has read it and closes."""
+        refusal = self.refusal or BadRequest(_NO_HTTP)
+        self.logger.warning("%s", refusal.detail)  # the application, which logs, never sees it
+        self._unset_keepalive_if_required()
+        self.transport.write(_rendered(refusal))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.swallowed = 0
+        # close, not abort: an answer before this one may still be on its way to a slow reader
+        self._arm(self.limits.drain_timeout_s, self.transport.close)
+        self.flow.let_go()
 
     def pause_writing(self) -> None:
         """The transport holds bytes: from here on the peer is watched."""
@@ -254,37 +336,31 @@ class Connection(HttpToolsProtocol):
             self.reader = None
         super().resume_writing()
 
-    def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP with a problem, and ends the connection."""
-        if self._busy() and not self.in_body:
-            # Garbage behind a good request: that one is answered, then the connection ends.
-            self.cycle.keep_alive = False
-            self.flow.pause_reading()
-            return
-        if not (self._busy() and self.cycle.response_started) and not self.swallowing:
-            self.transport.write(_refusal(self.too_large, self.limits.head_bytes))
-        self.transport.close()
+    def watch_body(self, length: int, late: Callable[[], None]) -> Pace:
+        """Watches the body of the current request.
 
-    def watch_body(self, late: Callable[[], None]) -> Pace:
-        """Watches the body of the current request."""
-        limits = self.limits
+        A body holds memory from its head on, so one may not drip for days: it must be in within a
+        minute, or come at 256 times the least rate, whichever asks less.
+
+        Args:
+            length: Its Content-Length.
+            late: Called when it stops or is too slow.
+        """
+        limits, least = self.limits, self.limits.body_min_bytes_per_s
         return Pace(
             self.loop,
             limits.body_idle_timeout_s,
-            limits.body_min_bytes_per_s,
+            max(least, min(length / BODY_TERM_S, LONG_BODY_RATE * least)),
             lambda: self.received,
             late,
         )
 
 
-def _refusal(too_large: bool, head_bytes: int) -> bytes:
-    problem = BadRequest("This is not a valid HTTP/1.1 request; nothing was done.").problem()
-    if too_large:
-        problem["status"] = 431
-        problem["detail"] = f"Request line and headers must be at most {head_bytes} bytes."
-    text = json.dumps(problem).encode()
-    head = f"content-type: {PROBLEM}\r\ncontent-length: {len(text)}\r\nconnection: close\r\n\r\n"
-    return STATUS_LINE[problem["status"]] + head.encode() + text
+def _rendered(error: ServiceError) -> bytes:
+    text = json.dumps(error.problem()).encode()
+    headers = {"content-type": PROBLEM, "content-length": len(text), **error.headers()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return STATUS_LINE[error.status] + head.encode() + b"connection: close\r\n\r\n" + text
 
 
 def connection_class(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
@@ -317,7 +393,8 @@ async def body(request: Request) -> AsyncIterator[bytes]:
             timed_out = True
             connection.cycle.message_event.set()  # receive() returns an empty chunk
 
-    pace: Pace | None = connection.watch_body(late) if connection is not None else None
+    stated = request.headers.get("content-length", "0")  # the parser took it for a number
+    pace: Pace | None = connection.watch_body(int(stated), late) if connection is not None else None
     try:
         more = True
         while more:

@@ -8,7 +8,8 @@ ServiceError
 ├── 404  SessionUnknown  NotFound            405  MethodNotAllowed
 ├── 406  NotAcceptable                       408  RequestTimeout (retry)
 ├── 409  SpecDiffers  Structural  InFlight (retry)  TooOld  WorkerRetired  EpochChanged
-│        VersionUnknown  VersionPending (retry)  StaleGradient  ParamsMissing  DeviceUnavailable
+│        VersionUnknown  VersionPending (retry)  StaleGradient  ParamsMissing  AverageMissing
+│        DeviceUnavailable
 ├── 410  SessionGone                         411  LengthRequired
 ├── 412  PreconditionFailed                  413  BodyTooLarge
 ├── 415  UnsupportedMediaType  UnsupportedEncoding
@@ -259,6 +260,15 @@ class ParamsMissing(ServiceError):
     slug = "params-missing"
     status = 409
     title = "The session has no parameters yet"
+    retryable = False
+
+
+class AverageMissing(ServiceError):
+    """The session keeps no average of its parameters."""
+
+    slug = "average-missing"
+    status = 409
+    title = "The session keeps no average of its parameters"
     retryable = False
 
 

@@ -29,7 +29,7 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _ID_HEADER = REQUEST_ID.lower().encode()
 _EXPOSED = ", ".join((EPOCH, VERSION, STEP, SUMMARY, REQUEST_ID, "ETag", "Location", "Retry-After"))
 _PREFLIGHT = {
-    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE",
     "Access-Control-Allow-Headers": (
         f"Accept, Authorization, Content-Type, If-Match, If-None-Match, Prefer, {REQUEST_ID}"
     ),
@@ -79,6 +79,8 @@ class Front:
         """None for a request that may pass, else its answer: a refusal or a preflight."""
         scope = call.scope
         try:
+            if len(headers) < len(scope["headers"]):
+                auth.check_single(scope["headers"])
             origin = auth.allowed_origin(self._settings, headers)
             if origin is not None:
                 call.cors = _cors(origin)
@@ -125,8 +127,7 @@ class Front:
             "received_bytes": call.received,
             "sent_bytes": call.sent,
         }
-        named = scope.get("path_params", {})
-        session = named.get("id") or named.get("session_id")
+        session = scope.get("path_params", {}).get("id")
         if session is not None:
             fields["session"] = str(session)[:128]
         if refusal is not None:

@@ -3,12 +3,10 @@
 import difflib
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 SOON: dict[str, str] = {
-    "preset": "named presets of defaults",
-    "bias_correction": "a switch for Adam's bias correction",
     "capturable": "torch's graph-capture flag; leave it out, the server decides how it runs",
     "differentiable": "torch's autograd flag; leave it out",
     "foreach": "torch's implementation choice; leave it out, there is one implementation here",
@@ -17,15 +15,13 @@ SOON: dict[str, str] = {
 }
 """Fields that torch users and the design know and this version refuses, and what they are."""
 
-SOON_RULES = (
-    *("adamax", "nadam", "radam", "asgd", "rprop", "lion"),
-    *("yogi", "lamb", "lars", "adafactor", "muon"),
-)
+SOON_RULES = ("lamb", "lars", "adafactor", "muon")
 
 _DECAY = "a decay lies in [0, 1): at 1 the average never takes in a gradient"
 REASONS: dict[str, str] = {
     "lr": "a step size is finite and at least 0, which freezes the parameters; to go uphill say "
     "maximize",
+    "rprop.lr": "the step size to begin with is finite and at least 0",
     "betas": f"two numbers, and {_DECAY}",
     "beta": _DECAY,
     "alpha": _DECAY,
@@ -33,6 +29,13 @@ REASONS: dict[str, str] = {
     "eps": "finite and at least 0: it is added to keep a denominator away from 0",
     "weight_decay": "finite and at least 0: below 0 the parameters would grow by themselves",
     "lr_decay": "finite and at least 0: the lr falls as lr / (1 + steps * lr_decay)",
+    "momentum_decay": "finite and at least 0: beta * (1 - 0.96**(steps * momentum_decay) / 2) "
+    "rises to beta",
+    "lambd": "finite and at least 0: p shrinks by lr * lambd in a step, and the lr with it",
+    "asgd.alpha": "finite and at least 0: the lr falls as lr / (1 + lambd * lr * steps)**alpha",
+    "t0": "finite and at least 0: the number of updates before averaging begins",
+    "etas": "two numbers, 0 < etas[0] < 1 < etas[1]: what a step shrinks and grows by",
+    "step_sizes": "two numbers, 0 <= step_sizes[0] <= step_sizes[1]: the least and the most",
     "initial_accumulator_value": "finite and at least 0: a sum of squares starts there",
     "momentum": "finite and at least 0; 0 is none",
     "dampening": "a finite number",
@@ -40,10 +43,13 @@ REASONS: dict[str, str] = {
     "amsgrad": "true or false",
     "centered": "true or false",
     "maximize": "true or false",
+    "decoupled_weight_decay": "true or false",
+    "bias_correction": "true or false",
+    "preset": "torch, or null for the defaults of docs/optimizers.md",
     "eps_inside_sqrt": "true or false",
     "max_staleness": "a whole number of versions from 0, or null for any number",
 }
-"""Why a range is as it is, by field: added to what was wrong."""
+"""Why a range is as it is, by field, or rule and field: added to what was wrong."""
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -61,6 +67,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     soon: ClassVar[dict[str, str]] = {}
     beside: ClassVar[tuple[str, ...]] = ()  # names that whoever calls takes out before
+    elsewhere: ClassVar[dict[str, str]] = {}  # names that belong to another place of the document
 
     @model_validator(mode="before")
     @classmethod
@@ -77,10 +84,16 @@ class Strict(BaseModel):
                     "{field} is not supported yet: {what}.",
                     {"field": name, "what": cls.soon[name]},
                 )
+            known = [*cls.model_fields, *cls.beside]
+            hint = (
+                f"it belongs into {cls.elsewhere[name]}."
+                if name in cls.elsewhere
+                else nearest(name, known)
+            )
             raise PydanticCustomError(
                 "unknown_field",
                 "There is no field {field}; {hint}",
-                {"field": name, "hint": nearest(name, [*cls.model_fields, *cls.beside])},
+                {"field": name, "hint": hint},
             )
         return data
 
@@ -101,6 +114,19 @@ Eps = Annotated[
 Decay = Annotated[
     float, Field(ge=0, allow_inf_nan=False, description="L2 decay: g += weight_decay * p.")
 ]
+Decoupled = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=False, description="Decoupled: p *= 1 - lr * weight_decay."),
+]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+IsDecoupled = Annotated[
+    bool, Field(description="Weight decay shrinks p, as in adamw, instead of entering g.")
+]
+IsCorrected = Annotated[
+    bool, Field(description="Averages are divided by 1 - beta**t, for they started at 0.")
+]
+Shrink = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Grow = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class _Rule(Strict):
@@ -109,6 +135,24 @@ class _Rule(Strict):
     lr: Rate = 0.001
     weight_decay: Decay = 0.0
     maximize: bool = Field(False, description="Ascend: the gradient's sign is turned.")
+    preset: Literal["torch"] | None = Field(
+        None, description="torch: fields that are not stated have torch's defaults."
+    )
+
+
+class _Untorched(_Rule):
+    """A rule that torch does not have."""
+
+    @field_validator("preset")
+    @classmethod
+    def _no_preset(cls, preset: str | None) -> str | None:
+        if preset is not None:
+            raise PydanticCustomError(
+                "preset",
+                "torch has no rule {rule}, and so no defaults for it: leave preset out.",
+                {"rule": cls.__name__.lower()},
+            )
+        return preset
 
 
 class Sgd(_Rule):
@@ -129,7 +173,7 @@ class Sgd(_Rule):
         return self
 
 
-class Momentum(_Rule):
+class Momentum(_Untorched):
     """Momentum as an exponential average of gradients, starting at 0."""
 
     rule: Literal["momentum"]
@@ -161,6 +205,13 @@ class Rmsprop(_Rule):
     momentum: NonNegative = 0.0
     centered: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") == "torch":
+            return {"eps_inside_sqrt": False, **data}
+        return data
+
 
 class Adadelta(_Rule):
     """AdaDelta (Zeiler 2012)."""
@@ -176,9 +227,11 @@ class Adam(_Rule):
 
     rule: Literal["adam"]
     structural: ClassVar[frozenset[str]] = frozenset({"amsgrad"})
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Eps = 1e-8
     amsgrad: bool = False
+    decoupled_weight_decay: IsDecoupled = False
+    bias_correction: IsCorrected = True
 
 
 class Adamw(_Rule):
@@ -186,16 +239,95 @@ class Adamw(_Rule):
 
     rule: Literal["adamw"]
     structural: ClassVar[frozenset[str]] = frozenset({"amsgrad"})
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Eps = 1e-8
-    weight_decay: Annotated[
-        float,
-        Field(ge=0, allow_inf_nan=False, description="Decoupled: p *= 1 - lr * weight_decay."),
-    ] = 0.01
+    weight_decay: Decoupled = 0.01
     amsgrad: bool = False
+    bias_correction: IsCorrected = True
 
 
-AnyRule = Sgd | Momentum | Adagrad | Rmsprop | Adadelta | Adam | Adamw
+class Adamax(_Rule):
+    """Adamax (Kingma & Ba 2015, Algorithm 2): Adam by the largest gradient."""
+
+    rule: Literal["adamax"]
+    lr: Rate = 0.002
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 1e-8
+
+
+class Nadam(_Rule):
+    """NAdam (Dozat 2016): Adam with Nesterov's momentum, which rises to betas[0]."""
+
+    rule: Literal["nadam"]
+    lr: Rate = 0.002
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 1e-8
+    momentum_decay: NonNegative = 0.004
+    decoupled_weight_decay: IsDecoupled = False
+
+
+class Radam(_Rule):
+    """RAdam (Liu et al. 2020): Adam, rectified while its second moment is uncertain."""
+
+    rule: Literal["radam"]
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 1e-8
+    decoupled_weight_decay: IsDecoupled = False
+
+
+class Asgd(_Rule):
+    """Averaged SGD (Polyak & Juditsky 1992); the average is the state `ax`."""
+
+    rule: Literal["asgd"]
+    lr: Rate = 0.01
+    lambd: NonNegative = 0.0001
+    alpha: NonNegative = 0.75
+    t0: NonNegative = 1e6
+
+
+class Rprop(_Rule):
+    """Rprop (Riedmiller & Braun 1993): by the sign of the gradient, a step size per parameter."""
+
+    rule: Literal["rprop"]
+    lr: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="The step size to begin with.")
+    ] = 0.01
+    etas: Annotated[tuple[Shrink, Grow], Field(strict=False)] = (0.5, 1.2)
+    step_sizes: Annotated[tuple[NonNegative, NonNegative], Field(strict=False)] = (1e-6, 50.0)
+
+    @field_validator("step_sizes")
+    @classmethod
+    def _ascending(cls, sizes: tuple[float, float]) -> tuple[float, float]:
+        if sizes[0] > sizes[1]:
+            raise PydanticCustomError("step_sizes", "The smaller one comes first")
+        return sizes
+
+
+class Lion(_Untorched):
+    """Lion (Chen et al. 2023, Algorithm 2): by the sign of an average."""
+
+    rule: Literal["lion"]
+    lr: Rate = 0.0001
+    betas: Betas = (0.9, 0.99)
+    weight_decay: Decoupled = 0.0
+
+
+class Yogi(_Untorched):
+    """Yogi (Zaheer et al. 2018, Algorithm 2): Adam whose second moment moves additively."""
+
+    rule: Literal["yogi"]
+    structural: ClassVar[frozenset[str]] = frozenset({"initial_accumulator_value"})
+    lr: Rate = 0.01
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 0.001
+    initial_accumulator_value: NonNegative = 1e-6
+    bias_correction: IsCorrected = False
+
+
+AnyRule = (
+    Sgd | Momentum | Adagrad | Rmsprop | Adadelta | Adam | Adamw
+    | Adamax | Nadam | Radam | Asgd | Rprop | Lion | Yogi
+)  # fmt: skip
 Optimizer = Annotated[AnyRule, Field(discriminator="rule")]
 BY_NAME: dict[str, type[_Rule]] = {
     str(get_args(cls.model_fields["rule"].annotation)[0]): cls for cls in get_args(AnyRule)

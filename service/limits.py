@@ -1,18 +1,22 @@
 """Budgets that shed load before anything is allocated, and the table of every limit."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from gradpost.protocol import MAX_HEADER_BYTES
 from service.errors import InsufficientMemory, Overloaded
 from service.settings import Settings
 
-# What /v1/server and docs/operations.md list: the settings that bound what one caller can take.
+# What /v1/server and docs/operations.md list: what bounds what one caller can take.
 LIMITS = (
     "max_sessions",
     "memory_bytes",
     "max_versions",
     "max_uploads",
+    "max_connections",
     "max_workers",
     "worker_retention_s",
     "wait_cap_s",
@@ -33,9 +37,13 @@ LIMITS = (
 )
 
 
+# No settings: a client holds itself to the same number.
+_FIXED = {"max_header_bytes": MAX_HEADER_BYTES}
+
+
 def table(settings: Settings) -> dict[str, Any]:
     """Every limit by name; units are the suffixes (`_s` seconds, `_bytes` bytes)."""
-    return {name: getattr(settings, name) for name in LIMITS}
+    return {name: _FIXED[name] if name in _FIXED else getattr(settings, name) for name in LIMITS}
 
 
 class Budget:
@@ -78,6 +86,26 @@ class Budget:
                 free_bytes=max(0, self.total - self._used),
                 memory_bytes=self.total,
             )
+
+    @contextmanager
+    def lend(self, n: int) -> Iterator[None]:
+        """Reserves n bytes for as long as the block runs.
+
+        Raises:
+            Overloaded: They do not fit now; the caller may try again after a second.
+        """
+        if not self.try_reserve(n):
+            raise Overloaded(
+                f"This body needs {n} bytes and {max(0, self.total - self._used)} of the server's"
+                f" {self.total} are free (GRADPOST_MEMORY_BYTES). Send the same request again.",
+                retry_after_s=1,
+                needed_bytes=n,
+                memory_bytes=self.total,
+            )
+        try:
+            yield
+        finally:
+            self.release(n)
 
     def release(self, n: int) -> None:
         """Gives back n bytes that were reserved.

@@ -1,5 +1,6 @@
 """Every setting of the server: one frozen model, read from `GRADPOST_*` and passed down."""
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from kernels.registry import RULES
 
 MIB = 1 << 20
 _CGROUP_LIMITS = (
@@ -52,6 +55,9 @@ class Settings(BaseSettings):
         max_length=100,
         description="Unix socket path, instead of host and port.",
     )
+    uds_mode: str = Field(
+        "600", pattern="^[0-7]{3}$", description="Permissions of the socket's file, octal."
+    )
     api_key: SecretStr | None = Field(
         None, description="Bearer key that every call but /health/* must carry."
     )
@@ -79,12 +85,17 @@ class Settings(BaseSettings):
         4, ge=2, le=64, description="Parameter versions of one session alive at once."
     )
     max_uploads: int = Field(64, ge=1, le=100_000, description="Uploads in flight, whole server.")
+    max_connections: int = Field(
+        1000, ge=1, le=1_000_000, description="Connections open at once, whole server."
+    )
     max_workers: int = Field(1024, ge=1, le=1_000_000, description="Workers known per session.")
     worker_retention_s: float = Field(
         604_800.0, gt=0, le=1e9, description="Seconds of silence after which a worker is retired."
     )
+    # From 1: a pull that asks for nothing waits as long for a buffer, and 0 would refuse it with
+    # 409 whenever readers hold all versions.
     wait_cap_s: float = Field(
-        60.0, ge=0, le=3600, description="Longest long poll, in seconds; a longer wish is cut."
+        60.0, ge=1, le=3600, description="Longest long poll, in seconds; a longer wish is cut."
     )
     history_steps: int = Field(
         10_000, ge=1, le=10_000_000, description="Steps kept in the history of a session."
@@ -94,9 +105,6 @@ class Settings(BaseSettings):
     )
     json_bytes: int = Field(
         4 * MIB, ge=1024, le=1 << 30, description="Bytes of one JSON body, either way."
-    )
-    max_header_bytes: int = Field(
-        MIB, ge=1024, le=MIB, description="Bytes of the header of a safetensors body."
     )
     header_timeout_s: float = Field(
         10.0, gt=0, le=3600, description="Seconds a connection may take over a request's headers."
@@ -144,6 +152,17 @@ class Settings(BaseSettings):
         """An environment variable holds names separated by commas, not JSON."""
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("warm_rules")
+    @classmethod
+    def _rules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """A misspelt rule can never be loaded, and the server would never be ready."""
+        for rule in value:
+            if rule not in RULES:
+                near = difflib.get_close_matches(rule, RULES, 1)
+                advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(RULES)}"
+                raise ValueError(f"there is no rule {rule!r}; {advice}")
         return value
 
     @field_validator("cors_origins")

@@ -30,8 +30,18 @@ def start(rule: str, hyper: Mapping[str, Any], p: np.ndarray) -> Arrays:
         if hyper["centered"]:
             state["grad_avg"] = zeros.copy()
         return state
+    if rule == "adamax":
+        return {"exp_avg": zeros, "exp_inf": zeros.copy()}
+    if rule == "asgd":
+        return {"ax": zeros}
+    if rule == "rprop":
+        return {"prev": zeros, "step_size": zeros + hyper["lr"]}
+    if rule == "lion":
+        return {"exp_avg": zeros}
+    if rule == "yogi":
+        return {"exp_avg": zeros, "exp_avg_sq": zeros + hyper["initial_accumulator_value"]}
     state = {"exp_avg": zeros, "exp_avg_sq": zeros.copy()}
-    if hyper["amsgrad"]:
+    if hyper.get("amsgrad"):
         state["max_exp_avg_sq"] = zeros.copy()
     return state
 
@@ -51,11 +61,41 @@ def step(
     state = {name: value.astype(dtype) for name, value in state.items()}
     if hyper["maximize"]:
         g = -g
-    if hyper["weight_decay"] and rule == "adamw":
+    if _is_decoupled(rule, hyper):
         p = p * (1 - lr * dtype(hyper["weight_decay"]))
     elif hyper["weight_decay"]:
         g = g + dtype(hyper["weight_decay"]) * p
     return _RULES[rule](hyper, count, lr, p, g, state, dtype)
+
+
+def _is_decoupled(rule, hyper):
+    return rule in ("adamw", "lion") or hyper.get("decoupled_weight_decay", False)
+
+
+def doubtful(
+    rule: str, hyper: Mapping[str, Any], p: np.ndarray, g: np.ndarray, state: Arrays, ulp: float
+) -> np.ndarray:
+    """Where a rule takes the sign of what rounding in the arrays' dtype may turn or make 0."""
+    p, g = p.astype(np.longdouble), g.astype(np.longdouble)
+    kept = {name: value.astype(np.longdouble) for name, value in state.items()}
+    decay = 0 if _is_decoupled(rule, hyper) else hyper["weight_decay"] * p
+    g = -g if hyper["maximize"] else g
+    rounding = 8 * ulp * (abs(g) + abs(decay)) if hyper["weight_decay"] else 0 * g
+    g = g + decay
+    if rule == "lion":
+        b1 = hyper["betas"][0]
+        old, new = b1 * kept["exp_avg"], (1 - b1) * g
+        return abs(old + new) <= 8 * ulp * (abs(old) + abs(new)) + 4 * _tiny(ulp)
+    if rule == "rprop":
+        along = abs(g * kept["prev"])
+        return (abs(g) < rounding) | (along < 4 * _tiny(ulp)) & (along > 0)
+    if rule == "yogi":
+        return abs(kept["exp_avg_sq"] - g * g) < 2 * abs(g) * rounding
+    return np.zeros(p.shape, bool)
+
+
+def _tiny(ulp):
+    return 2.0**-149 if ulp > 1e-10 else 5e-324
 
 
 def _sgd(hyper, count, lr, p, g, state, dtype):
@@ -111,9 +151,81 @@ def _adam(hyper, count, lr, p, g, state, dtype):
     after = {"exp_avg": m, "exp_avg_sq": v}
     if hyper["amsgrad"]:
         v = after["max_exp_avg_sq"] = np.maximum(state["max_exp_avg_sq"], v)
+    if not hyper["bias_correction"]:
+        return p - lr * m / (np.sqrt(v) + dtype(hyper["eps"])), after
     m_hat = m / (1 - b1 ** (count + 1))
     v_hat = v / (1 - b2 ** (count + 1))
     return p - lr * m_hat / (np.sqrt(v_hat) + dtype(hyper["eps"])), after
+
+
+def _adamax(hyper, count, lr, p, g, state, dtype):
+    b1, b2 = (dtype(beta) for beta in hyper["betas"])
+    m = b1 * state["exp_avg"] + (1 - b1) * g
+    u = np.maximum(b2 * state["exp_inf"], np.abs(g) + dtype(hyper["eps"]))
+    return p - lr / (1 - b1 ** (count + 1)) * m / u, {"exp_avg": m, "exp_inf": u}
+
+
+def _nadam(hyper, count, lr, p, g, state, dtype):
+    b1, b2 = (dtype(beta) for beta in hyper["betas"])
+    t = np.arange(1, count + 3).astype(dtype)
+    mu = b1 * (1 - dtype(0.5) * dtype(0.96) ** (t * dtype(hyper["momentum_decay"])))
+    m = b1 * state["exp_avg"] + (1 - b1) * g
+    v = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+    m_hat = mu[-1] * m / (1 - mu.prod()) + (1 - mu[-2]) * g / (1 - mu[:-1].prod())
+    v_hat = v / (1 - b2 ** (count + 1))
+    move = lr * m_hat / (np.sqrt(v_hat) + dtype(hyper["eps"]))
+    return p - move, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _radam(hyper, count, lr, p, g, state, dtype):
+    b1, b2 = (dtype(beta) for beta in hyper["betas"])
+    t = count + 1
+    m = b1 * state["exp_avg"] + (1 - b1) * g
+    v = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+    m_hat = m / (1 - b1**t)
+    longest = 2 / (1 - b2) - 1
+    length = longest - 2 * t * b2**t / (1 - b2**t)
+    move = lr * m_hat
+    if length > 5:
+        above = (length - 4) * (length - 2) * longest
+        below = (longest - 4) * (longest - 2) * length
+        spread = (np.sqrt(v) + dtype(hyper["eps"])) / np.sqrt(1 - b2**t)
+        move = move * np.sqrt(above / below) / spread
+    return p - move, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _asgd(hyper, count, lr, p, g, state, dtype):
+    lambd, alpha, t0 = (dtype(hyper[name]) for name in ("lambd", "alpha", "t0"))
+    eta = lr / (1 + lambd * lr * count) ** alpha
+    mu = 1 / max(dtype(1), count - t0)
+    p = p * (1 - lambd * eta) - eta * g
+    return p, {"ax": state["ax"] + mu * (p - state["ax"])}
+
+
+def _rprop(hyper, count, lr, p, g, state, dtype):
+    (down, up), (least, most) = hyper["etas"], hyper["step_sizes"]
+    along = np.sign(g) * np.sign(state["prev"])
+    factor = np.where(along > 0, dtype(up), np.where(along < 0, dtype(down), dtype(1)))
+    size = np.clip(state["step_size"] * factor, dtype(least), dtype(most))
+    g = np.where(along < 0, 0, g)
+    return p - np.sign(g) * size, {"prev": g, "step_size": size}
+
+
+def _lion(hyper, count, lr, p, g, state, dtype):
+    b1, b2 = (dtype(beta) for beta in hyper["betas"])
+    move = lr * np.sign(b1 * state["exp_avg"] + (1 - b1) * g)
+    return p - move, {"exp_avg": b2 * state["exp_avg"] + (1 - b2) * g}
+
+
+def _yogi(hyper, count, lr, p, g, state, dtype):
+    b1, b2 = (dtype(beta) for beta in hyper["betas"])
+    m = b1 * state["exp_avg"] + (1 - b1) * g
+    v = state["exp_avg_sq"]
+    v = v - (1 - b2) * np.sign(v - g * g) * g * g
+    after = {"exp_avg": m, "exp_avg_sq": v}
+    if hyper["bias_correction"]:
+        m, v = m / (1 - b1 ** (count + 1)), v / (1 - b2 ** (count + 1))
+    return p - lr * m / (np.sqrt(v) + dtype(hyper["eps"])), after
 
 
 _RULES = {
@@ -124,4 +236,11 @@ _RULES = {
     "adadelta": _adadelta,
     "adam": _adam,
     "adamw": _adam,
+    "adamax": _adamax,
+    "nadam": _nadam,
+    "radam": _radam,
+    "asgd": _asgd,
+    "rprop": _rprop,
+    "lion": _lion,
+    "yogi": _yogi,
 }

@@ -2,26 +2,30 @@
 
 import hashlib
 import json as plain_json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 
-from gradpost.protocol import EPOCH, JSON, SAFETENSORS, STEP, SUMMARY, VERSION
+from gradpost.protocol import EPOCH, INCARNATION, JSON, SAFETENSORS, STEP, SUMMARY, VERSION
 from gradpost.protocol.dtypes import DTYPES, NUMPY
 from gradpost.protocol.tensors import build_header
 from gradpost.protocol.versions import etag
 from service.answers import TensorAnswer
-from service.errors import InvalidRequest, NotAcceptable
+from service.errors import InvalidRequest, NotAcceptable, Overloaded
+from service.limits import Budget
 from service.sessions.conversion import Packed, converted
-from service.sessions.session import Outcome, Session
+from service.sessions.lane import in_pool
+from service.sessions.session import Outcome, Session, Shared
 from service.sessions.versions import Version
 from service.wire import json, raw, safetensors
 from service.wire.fit import select
 from service.wire.media import Media
 from service.wire.reader import EntryLike
 
+FEW = 1024
+"""Numbers that are rendered on the event loop: about a millisecond of it."""
 DTYPE_CHOICES = (*DTYPES, "model")
 
 
@@ -31,11 +35,14 @@ class Wanted(NamedTuple):
     media: Media
     names: tuple[str, ...] | None
     dtype: str | None
+    average: bool = False
 
     @property
     def representation(self) -> str:
         """The last part of the ETag: differs whenever the bytes would."""
         mark = f"{self.media.kind}.{self.dtype or self.media.dtype or 'master'}"
+        if self.average:
+            mark += ".ema"
         if self.names is None:
             return mark
         names = "\0".join(sorted(set(self.names)))
@@ -78,8 +85,30 @@ def summary_answer(session: Session, outcome: Outcome) -> Response:
     )
 
 
+async def average_answer(session: Session, want: Wanted, budget: Budget) -> Response:
+    """The average of the parameters: a copy, paid for while it is sent."""
+    nbytes = session.ready.size * DTYPES[session.spec.dtype]
+    if not budget.try_reserve(nbytes):
+        raise Overloaded(
+            f"No memory for a copy of {nbytes} bytes now; ask again after the pause.",
+            retry_after_s=1,
+            bytes=nbytes,
+        )
+    done = partial(budget.release, nbytes)
+    try:
+        version = await session.copy_average()
+    except BaseException:
+        done()
+        raise
+    return await params_answer(session, version, want, None, done)
+
+
 async def params_answer(
-    session: Session, version: Version, want: Wanted, summary: str | None
+    session: Session,
+    version: Version,
+    want: Wanted,
+    summary: str | None,
+    done: Callable[[], None] | None = None,
 ) -> Response:
     """The parameters of a held version; gives the version back when its bytes have left.
 
@@ -88,19 +117,25 @@ async def params_answer(
         version: Held for this answer.
         want: The form.
         summary: What the push did, as JSON, where this answers one.
+        done: Gives the version back; None: to the session.
     """
+    done = done or partial(session.release, version)
     try:
-        answer = await _rendered(session, version, want, summary)
+        answer = await _rendered(session, version, want, summary, done)
     except BaseException:
-        session.release(version)
+        done()
         raise
     if not isinstance(answer, TensorAnswer):
-        session.release(version)
+        done()
     return answer
 
 
 async def _rendered(
-    session: Session, version: Version, want: Wanted, summary: str | None
+    session: Session,
+    version: Version,
+    want: Wanted,
+    summary: str | None,
+    done: Callable[[], None],
 ) -> Response:
     layout = session.ready.layout
     entries = select(layout, want.names)
@@ -109,7 +144,11 @@ async def _rendered(
         "ETag": etag(version.epoch, version.number, want.representation),
     }
     if summary is None:
-        headers |= {"Vary": "Accept, Prefer", "Cache-Control": "no-cache"}
+        headers |= {
+            "Vary": "Accept, Prefer",
+            "Cache-Control": "no-cache",
+            INCARNATION: session.incarnation,
+        }
     else:  # nobody caches the answer to a POST
         headers[SUMMARY] = summary
     master = session.spec.dtype
@@ -121,7 +160,6 @@ async def _rendered(
     else:
         headers["Content-Type"] = SAFETENSORS
     facts = _facts(version, summary)
-    done = partial(session.release, version)
     if asked == master:
         if want.media.kind == "raw":
             return TensorAnswer(raw.parts(layout, version.flat, want.names), 200, headers, done)
@@ -131,7 +169,7 @@ async def _rendered(
     rows = ((e.name, d, e.shape) for e, d in zip(entries, dtypes, strict=True))
     head = [build_header(rows, facts)] if want.media.kind == "safetensors" else []
     packed = await converted(session, version, entries, dtypes)
-    session.release(version)  # the copy is what is sent
+    done()  # the copy is what is sent
     return TensorAnswer([*head, packed.data.data], 200, headers, packed.release)
 
 
@@ -144,14 +182,15 @@ async def _as_json(
     summary: str | None,
 ) -> Response:
     if asked == session.spec.dtype:
-        rendered = json.render_tensors(
-            [(e.name, e.shape, version.flat[e.offset : e.offset + e.size]) for e in entries]
+        rendered = await render(
+            session.shared,
+            [(e.name, e.shape, version.flat[e.offset : e.offset + e.size]) for e in entries],
         )
     else:
         dtypes = [entry.dtype if asked == "model" else asked for entry in entries]
         packed = await converted(session, version, entries, dtypes)
         try:
-            rendered = json.render_tensors(_unpacked(packed, entries, dtypes))
+            rendered = await render(session.shared, _unpacked(packed, entries, dtypes))
         finally:
             packed.release()
     numbers = {"epoch": version.epoch, "version": version.number, "step": version.step}
@@ -160,6 +199,18 @@ async def _as_json(
         head.encode() + b', "params": ' + rendered + b"}",
         headers={**headers, "Content-Type": JSON},
     )
+
+
+async def render(shared: Shared, tensors: Sequence[tuple[str, tuple[int, ...], Any]]) -> bytes:
+    """Tensors as JSON; more than a few are rendered in the pool."""
+    work = partial(
+        json.render_tensors,
+        tensors,
+        max_elements=shared.settings.json_elements,
+        max_bytes=shared.settings.json_bytes,
+    )
+    few = len(tensors) + sum(flat.size for _, _, flat in tensors) <= FEW
+    return work() if few else await in_pool(shared.pool, work)
 
 
 def _unpacked(

@@ -8,7 +8,11 @@ from service.schemas import Problem
 
 Responses = dict[int | str, dict[str, Any]]
 
-ALWAYS = ("bad-request", "key-missing", "key-required", "key-wrong", "origin-refused", "internal")
+ALWAYS = (
+    *("bad-request", "key-missing", "key-required", "key-wrong", "origin-refused", "internal"),
+    "shutting-down",
+)
+PROBE = ("origin-refused", "internal")
 BODY = (
     "request-timeout",
     "length-required",
@@ -23,10 +27,15 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
 TENSOR_MEDIA = {SAFETENSORS: BINARY, OCTET: BINARY}
 
 
-def refusals(*slugs: str) -> Responses:
-    """The problem answers of an operation, by status, beside those that every operation has."""
+def refusals(*slugs: str, always: tuple[str, ...] = ALWAYS) -> Responses:
+    """The problem answers of an operation, by status, beside those that every operation has.
+
+    Args:
+        slugs: Its own.
+        always: Those of every operation; a probe needs no key and has `PROBE` only.
+    """
     by_status: dict[int | str, list[str]] = {}
-    for slug in (*ALWAYS, *slugs):
+    for slug in (*always, *slugs):
         by_status.setdefault(BY_SLUG[slug].status, []).append(slug)
     return {
         status: {

@@ -1,11 +1,13 @@
 """Probes and metrics."""
 
+import threading
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from service.metrics import CONTENT_TYPE
+from service.routes.documents import PROBE, refusals
 
 router = APIRouter(tags=["health"])
 
@@ -19,7 +21,12 @@ class Readiness:
 
     def __init__(self, pending: list[str] | None = None) -> None:
         self.pending = list(pending or [])
-        self.stopping = False
+        self.stop_asked = threading.Event()
+
+    @property
+    def stopping(self) -> bool:
+        """True once a stop was asked for."""
+        return self.stop_asked.is_set()
 
     @property
     def ready(self) -> bool:
@@ -31,12 +38,17 @@ class Readiness:
         if what in self.pending:
             self.pending.remove(what)
 
+    def failed(self, what: str) -> None:
+        """Says of one item that it will never be done."""
+        self.pending.append(f"{what} failed, see the log")
+        self.done(what)
+
     def stop(self) -> None:
         """From now on not ready, for good."""
-        self.stopping = True
+        self.stop_asked.set()
 
 
-@router.get("/health/live", summary="The process answers")
+@router.get("/health/live", summary="The process answers", responses=refusals(always=PROBE))
 async def live() -> JSONResponse:
     """200 as long as the process answers at all. Needs no key."""
     return JSONResponse({"status": "live"}, headers={"Cache-Control": "no-store"})
@@ -45,13 +57,16 @@ async def live() -> JSONResponse:
 @router.get(
     "/health/ready",
     summary="Work is welcome",
-    responses={503: {"description": "Still warming up, or stopping; `pending` says what."}},
+    responses={
+        **refusals(always=PROBE),
+        503: {"description": "Still warming up, or stopping; `pending` says what."},
+    },
 )
 async def ready(request: Request) -> JSONResponse:
     """200 after the warm-up of the rules named in `warm_rules`, 503 before it and in a stop."""
     state = request.app.state.ready
     pending = list(state.pending)
-    if getattr(state, "stopping", False):
+    if state.stopping:
         pending.append("stopping")
     answer: dict[str, Any] = {"status": "ready" if state.ready else "not ready", "pending": pending}
     headers = {"Cache-Control": "no-store"}
@@ -64,7 +79,10 @@ async def ready(request: Request) -> JSONResponse:
     "/metrics",
     summary="Metrics for Prometheus",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        **refusals(),
+    },
 )
 async def metrics(request: Request) -> Response:
     """Counters, gauges and histograms in Prometheus' text format."""

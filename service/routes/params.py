@@ -4,10 +4,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from gradpost.protocol import JSON
-from gradpost.protocol.versions import etag
-from service.errors import EpochChanged
+from gradpost.protocol.versions import etag, parse_tag
+from service.errors import EpochChanged, PreconditionFailed
 from service.routes import reading
-from service.routes.answering import not_modified, params_answer, wanted
+from service.routes.answering import average_answer, not_modified, params_answer, wanted
 from service.routes.documents import (
     BODY,
     DTYPE,
@@ -23,11 +23,40 @@ from service.routes.documents import (
 )
 from service.routes.sessions import describe
 from service.schemas import ParamsAnswer, SessionInfo, one_of_each, parse_base, parse_prefer
-from service.schemas.spec import invalid
-from service.sessions.session import Session
+from service.schemas.refusals import invalid
+from service.sessions.session import Base, Session
 from service.wire.media import choose_accept
 
 router = APIRouter(prefix="/v1/sessions", tags=["params"])
+
+IF_MATCH = header(
+    "If-Match",
+    '`"1-7"`, or the ETag of a pull: only onto this version; `"epoch-1"`: only if there was no '
+    "upload since this epoch began; `*`: only if there are parameters.",
+    {"type": "string"},
+)
+
+
+def expected(request: Request, session: Session) -> Base | None:
+    """The (epoch, version) an upload is made for, by If-Match: None is any; no other tag matches.
+
+    Raises:
+        PreconditionFailed: The session is elsewhere already, so its body need not be read.
+    """
+    tag = request.headers.get("if-match")
+    if tag is None or (tag.strip() == "*" and session.arena is not None):
+        return None
+    try:
+        base = parse_tag(tag.strip())
+    except ValueError as error:
+        raise PreconditionFailed(
+            f'{error} If-Match takes one, as "{session.epoch}-{session.version}", or * once there '
+            "are parameters.",
+            epoch=session.epoch,
+            version=session.version,
+        ) from None
+    session.check_version(base)
+    return base
 
 
 @router.get(
@@ -46,13 +75,18 @@ router = APIRouter(prefix="/v1/sessions", tags=["params"])
         **refusals(
             *SESSION,
             *("not-acceptable", "params-missing", "tensor-mismatch", "invalid-request"),
-            *("version-pending", "epoch-changed"),
+            *("version-pending", "epoch-changed", "average-missing", "overloaded"),
         ),
     },
     openapi_extra={
         "parameters": [
             NAMES,
             DTYPE,
+            query(
+                "of",
+                "`ema`: the average of the parameters, where the session keeps one.",
+                {"type": "string", "enum": ["params", "ema"]},
+            ),
             query("min_version", "The least version to answer with.", VERSION),
             PREFER,
             header("If-None-Match", "The ETag of a pull before.", {"type": "string"}),
@@ -66,10 +100,15 @@ async def pull(id: str, request: Request) -> Response:
     pairs = request.query_params.multi_items()
     asked = one_of_each(pairs, many=("names",))
     names = tuple(value for name, value in pairs if name == "names") or None
-    unknown = sorted(asked.keys() - {"dtype", "min_version"})
+    unknown = sorted(asked.keys() - {"dtype", "min_version", "of"})
     if unknown:
-        raise invalid(unknown[0][:80], "Not known here; a pull takes names, dtype, min_version.")
+        raise invalid(
+            unknown[0][:80], "Not known here; a pull takes names, dtype, min_version and of."
+        )
+    if asked.get("of", "params") not in ("params", "ema"):
+        raise invalid("of", "params (or leave it out), or ema, the average of the parameters.")
     want = wanted(choose_accept(request.headers.get("accept")), names, asked.get("dtype"))
+    want = want._replace(average=asked.get("of") == "ema")
     at_least = None
     if "min_version" in asked:
         at_least = parse_base("min_version", asked["min_version"])
@@ -86,7 +125,11 @@ async def pull(id: str, request: Request) -> Response:
     reached = at_least is None or (session.epoch, session.version) >= at_least
     if reached and not_modified(request, current):
         return Response(status_code=304, headers={"ETag": current, "Vary": "Accept, Prefer"})
-    return await params_answer(session, await session.hold(at_least, wait), want, None)
+    version = await session.hold(at_least, wait)
+    if want.average:
+        session.release(version)  # what was waited for is there; the average is copied now
+        return await average_answer(session, want, state.budget)
+    return await params_answer(session, version, want, None)
 
 
 @router.put(
@@ -111,7 +154,8 @@ async def pull(id: str, request: Request) -> Response:
             tensors=True,
         ),
         "parameters": [
-            header("If-None-Match", "`*`: only if there are none yet.", {"enum": ["*"]})
+            header("If-None-Match", "`*`: only if there are none yet.", {"enum": ["*"]}),
+            IF_MATCH,
         ],
     },
 )
@@ -126,10 +170,11 @@ async def upload(id: str, request: Request) -> Response:
     session.check_alive()
     if first_only:
         session.check_first()
+    base = expected(request, session)
     with state.uploads:
         taken = await reading.upload(request, session, "params", ())
         try:
-            await session.load(taken.tensors, first_only=first_only)
+            await session.load(taken.tensors, first_only=first_only, base=base)
         finally:
             if taken.reserved:
                 state.budget.release(taken.reserved)

@@ -1,7 +1,8 @@
 """From the body of a request to arrays: which form it has, how long it may be, where it goes."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -13,8 +14,14 @@ from service.errors import InvalidRequest, TensorMismatch, UnsupportedMediaType
 from service.limits import Budget
 from service.schemas import PushControl, parse_control
 from service.sessions.arena import Arena, Tensor
+from service.sessions.lane import in_pool
 from service.sessions.session import Gradient, Session
 from service.wire import body, json, media, raw, safetensors
+from service.wire.fit import presence
+
+T = TypeVar("T")
+SMALL_JSON = 65_536
+"""Bytes up to which a JSON body is not reserved, and is parsed on the event loop."""
 
 
 class Upload(NamedTuple):
@@ -36,8 +43,16 @@ async def document(request: Request) -> Any:
 
 async def _json(request: Request) -> Any:
     limit = request.app.state.settings.json_bytes
+    budget: Budget = request.app.state.budget
     length = body.content_length(request.headers.get("content-length"), limit)
-    return json.loads(await body.collect(stream(request), length, limit))
+    with budget.lend(length if length > SMALL_JSON else 0):
+        text = await body.collect(stream(request), length, limit)
+        return await _aside(request, length, partial(json.loads, text))
+
+
+async def _aside(request: Request, length: int, work: Callable[[], T]) -> T:
+    """What takes milliseconds for a long body, in the pool; a short one is not worth the hop."""
+    return work() if length <= SMALL_JSON else await in_pool(request.app.state.pool, work)
 
 
 async def fields(request: Request, known: tuple[str, ...]) -> dict[str, Any]:
@@ -75,6 +90,8 @@ async def gradient(request: Request, session: Session, query: dict[str, str]) ->
     form = media.parse_content_type(request.headers.get("content-type"))
     if form.kind == "json":
         return await _json_gradient(request, session, query)
+    if "overrides" in query:
+        query = {**query, "overrides": json.loads(query["overrides"].encode())}
     control = parse_control(query, text=True)
     session.precheck(control)
     arena = session.ready
@@ -105,7 +122,9 @@ async def _streamed(
                 arena.layout, form.dtype, master, length, acquire
             )
         else:
-            reader = safetensors.grads_reader(arena.layout, master, length, acquire)
+            reader = safetensors.grads_reader(
+                arena.layout, master, length, acquire, session.may_miss
+            )
         await body.receive(stream(request), length, reader)
     except BaseException:
         release()
@@ -113,7 +132,10 @@ async def _streamed(
     dtype = reader.dtype
     assert dtype is not None
     flat = taken[0][: arena.size * DTYPES[dtype]].view(NUMPY[dtype])
-    return Gradient(flat, dtype, control, release)
+    present = None
+    if isinstance(reader, safetensors.SafetensorsReader):
+        present = presence(arena.layout, reader.names)
+    return Gradient(flat, dtype, control, release, present)
 
 
 async def _json_gradient(request: Request, session: Session, query: dict[str, str]) -> Gradient:
@@ -124,6 +146,7 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
         )
     session.check_alive()
     found = await _json(request)
+    length = int(request.headers["content-length"])
     if not isinstance(found, dict) or "grads" not in found:
         raise InvalidRequest(
             'A JSON push is an object with "grads": {name: nested lists}.',
@@ -134,7 +157,7 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
     arena = session.ready
     master = session.spec.dtype
     limit = request.app.state.settings.json_elements
-    came = json.tensors(found["grads"], master, limit)
+    came = await _aside(request, length, partial(json.tensors, found["grads"], master, limit))
     if not came:
         raise TensorMismatch("The push holds no tensors; send every tensor of the session.")
     buffer = arena.gradients.acquire()
@@ -144,30 +167,46 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
 
     flat = buffer[: arena.size * DTYPES[master]].view(NUMPY[master])
     try:
-        json.fill(arena.layout, came, flat)
+        json.fill(arena.layout, came, flat, session.may_miss)
     except BaseException:
         release()
         raise
-    return Gradient(flat, master, control, release)
+    present = presence(arena.layout, {name: shape for name, shape, _ in came})
+    return Gradient(flat, master, control, release, present)
 
 
-async def upload(request: Request, session: Session, member: str, known: tuple[str, ...]) -> Upload:
-    """Reads parameters or state: from JSON under `member`, from safetensors as they are, or raw."""
+async def upload(
+    request: Request,
+    session: Session,
+    member: str,
+    known: tuple[str, ...],
+    *,
+    new: bool = False,
+) -> Upload:
+    """Reads parameters or state: from JSON under `member`, from safetensors as they are, or raw.
+
+    Args:
+        request: Its body is read.
+        session: Whose layout a raw body has.
+        member: Of a JSON body.
+        known: Other members, or facts of the metadata.
+        new: The tensors are new ones, which a raw body can't name.
+    """
     media.check_encoding(request.headers.get("content-encoding"))
     form = media.parse_content_type(request.headers.get("content-type"))
     settings = request.app.state.settings
     if form.kind == "json":
         facts = await fields(request, (member, *known))
-        return Upload(
-            inline(facts.pop(member, None), session.spec.dtype, settings.json_elements), facts, 0
-        )
+        given = facts.pop(member, None)
+        limit = settings.json_elements
+        return Upload(await inline_aside(request, given, session.spec.dtype, limit), facts, 0)
     budget: Budget = request.app.state.budget
     limit = settings.memory_bytes + 8 + MAX_HEADER_BYTES
     length = body.content_length(request.headers.get("content-length"), limit)
     budget.reserve(length)  # 507 before anything is allocated
     try:
         if form.kind == "raw":
-            return await _raw_upload(request, session, form, length)
+            return await _raw_upload(request, None if new else session.arena, form, length)
         reader = safetensors.tensors_reader(length, lambda n: np.empty(n, np.uint8))
         await body.receive(stream(request), length, reader)
     except BaseException:
@@ -180,6 +219,12 @@ async def upload(request: Request, session: Session, member: str, known: tuple[s
     return Upload(tensors, reader.metadata, length)
 
 
+async def inline_aside(request: Request, found: Any, master: str, limit: int) -> list[Tensor]:
+    """As `inline`; in the pool where the body is long."""
+    length = int(request.headers["content-length"])
+    return await _aside(request, length, partial(inline, found, master, limit))
+
+
 def inline(found: Any, master: str, limit: int) -> list[Tensor]:
     """Tensors out of nested lists, in the master dtype."""
     return [
@@ -188,11 +233,12 @@ def inline(found: Any, master: str, limit: int) -> list[Tensor]:
     ]
 
 
-async def _raw_upload(request: Request, session: Session, form: media.Media, length: int) -> Upload:
-    arena = session.arena
+async def _raw_upload(
+    request: Request, arena: Arena | None, form: media.Media, length: int
+) -> Upload:
     if arena is None:
         raise UnsupportedMediaType(
-            f"The first upload names the tensors; send it as {SAFETENSORS} or JSON.",
+            f"This upload names its tensors; send it as {SAFETENSORS} or JSON.",
             accepted=[SAFETENSORS, JSON],
         )
     assert form.dtype is not None

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 from gradpost.protocol import JSON, OCTET, SAFETENSORS
 from kernels.registry import RULES
 from service.limits import table
+from service.routes.documents import refusals
 
 router = APIRouter(tags=["server"])
 
@@ -35,7 +36,11 @@ def describe(state: Any) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/server", summary="Version, devices, capabilities and every limit")
+@router.get(
+    "/v1/server",
+    summary="Version, devices, capabilities and every limit",
+    responses=refusals(),
+)
 async def server(request: Request) -> JSONResponse:
     """Everything a client can ask before it makes a session."""
     return JSONResponse(describe(request.app.state))

@@ -1,5 +1,6 @@
 """Sessions as resources: create, attach, list, read, change, end."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +19,8 @@ from service.schemas import (
     parse_count,
     parse_spec,
 )
-from service.schemas.spec import invalid
+from service.schemas.around import stated
+from service.schemas.refusals import invalid
 from service.sessions.arena import Tensor, counts
 from service.sessions.registry import Sessions, revision_of
 from service.sessions.session import Session
@@ -30,23 +32,32 @@ _EXAMPLE = {"$ref": "#/components/schemas/CreateSession"}
 _CREATE = (
     *BODY,
     *("invalid-json", "not-supported-yet", "invalid-tensors", "nonfinite", "device-unavailable"),
-    *("too-many-sessions", "insufficient-memory"),
+    *("too-many-sessions", "insufficient-memory", "tensor-mismatch", "precondition-failed"),
+    *("session-gone",),
 )
 _TAG = '"spec-{}"'
 
 
-def describe(session: Session, *, attached: bool = False) -> dict[str, Any]:
+def brief(session: Session) -> dict[str, Any]:
+    """A session in a list: without its layout, which may be long."""
+    found = describe(session, layout=False)
+    del found["layout"]
+    return found
+
+
+def describe(session: Session, *, attached: bool = False, layout: bool = True) -> dict[str, Any]:
     """Everything about a session, as JSON."""
     arena = session.arena
-    layout: list[dict[str, Any]] = []
-    if arena is not None:
+    rows: list[dict[str, Any]] = []
+    if arena is not None and layout:
         counted = counts(arena)
-        layout = [
+        rows = [
             {
                 "name": e.name,
                 "dtype": e.dtype,
                 "shape": list(e.shape),
                 "offset": e.offset,
+                "group": session.terms[e.group].name,
                 "count": counted[e.name],
             }
             for e in arena.layout.entries
@@ -56,12 +67,19 @@ def describe(session: Session, *, attached: bool = False) -> dict[str, Any]:
         "id": session.id,
         "status": status,
         "attached": attached,
+        "incarnation": session.incarnation,
         "revision": session.revision,
         "step": session.step,
         "epoch": session.epoch,
         "version": session.version,
-        **session.spec.model_dump(mode="json"),
-        "layout": layout,
+        **session.spec.model_dump(mode="json", exclude={"groups", "clip"}),
+        "clip": stated(session.spec.clip),
+        "groups": [
+            one.echo(group)
+            for one, group in zip(session.terms[1:], session.spec.groups, strict=True)
+        ],
+        "layout": rows,
+        "tensors": 0 if arena is None else len(arena.layout.entries),
         "workers": session.ledger.workers,
         "created_at": session.created_at,
         "bytes": session.bytes(),
@@ -90,7 +108,9 @@ async def _stated(request: Request) -> tuple[Spec, dict[str, Any], list[Tensor] 
         params = document.pop("params", None)
     spec, stated = parse_spec(document)
     limit = request.app.state.settings.json_elements
-    tensors = None if params is None else reading.inline(params, spec.dtype, limit)
+    tensors = None
+    if params is not None:
+        tensors = await reading.inline_aside(request, params, spec.dtype, limit)
     return spec, stated, tensors
 
 
@@ -102,7 +122,7 @@ async def _make(
         try:
             await session.load(tensors, first_only=True)
         except BaseException:
-            sessions.forget(session)
+            await asyncio.shield(sessions.forget(session))
             raise
     return session
 
@@ -164,7 +184,7 @@ async def index(request: Request) -> Response:
         raise invalid(unknown[0][:80], "Not known here; this list takes after and limit.")
     limit = parse_count("limit", asked.get("limit", "100"), 1, 1000)
     found, more = request.app.state.sessions.page(asked.get("after"), limit)
-    return JSONResponse({"sessions": [describe(session) for session in found], "next": more})
+    return JSONResponse({"sessions": [brief(session) for session in found], "next": more})
 
 
 @router.get(
@@ -195,7 +215,17 @@ async def read(id: str, request: Request) -> Response:
                 "example": {"optimizer": {"lr": 0.0005}},
                 "properties": {
                     "optimizer": {"type": "object"},
+                    "groups": {
+                        "type": "array",
+                        "items": {"type": "object", "required": ["name"]},
+                        "description": "By name; a field of null takes the session's value again.",
+                    },
+                    "clip": {"type": ["object", "null"]},
+                    "schedule": {"type": ["object", "null"]},
+                    "ema": {"type": ["object", "null"]},
+                    "norms": {"type": "boolean"},
                     "update": {"type": "object"},
+                    "missing": {"type": "string", "enum": ["refuse", "skip"]},
                     "on_nonfinite": {"type": "string", "enum": ["refuse", "skip"]},
                 },
             },

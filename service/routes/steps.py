@@ -28,6 +28,8 @@ from service.wire.media import choose_accept
 
 router = APIRouter(prefix="/v1/sessions", tags=["steps"])
 
+_SCALE = {"type": "number", "minimum": 1e-30, "maximum": 1e30}
+_INCARNATION = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _PUSH = {
     "type": "object",
     "required": ["grads"],
@@ -37,6 +39,9 @@ _PUSH = {
         "sequence": COUNT,
         "base_version": {"oneOf": [VERSION, COUNT]},
         "loss": {"type": "number"},
+        "grad_scale": _SCALE,
+        "overrides": {"type": "object", "additionalProperties": {"type": "object"}},
+        "incarnation": _INCARNATION,
     },
 }
 
@@ -59,7 +64,7 @@ _PUSH = {
             *("invalid-json", "not-acceptable", "in-flight", "too-old", "worker-retired"),
             *("epoch-changed", "version-unknown", "version-pending", "stale-gradient"),
             *("params-missing", "invalid-tensors", "tensor-mismatch", "nonfinite", "key-reused"),
-            *("too-many-workers", "not-supported-yet"),
+            *("too-many-workers", "not-supported-yet", "structural"),
         ),
     },
     openapi_extra={
@@ -73,6 +78,13 @@ _PUSH = {
             query("sequence", "A number that this worker has not used.", COUNT),
             query("base_version", "The version the gradient was computed from.", VERSION),
             query("loss", "For the history.", {"type": "number"}),
+            query("grad_scale", "The gradient is divided by it.", _SCALE),
+            query(
+                "overrides",
+                "JSON: group name → hyperparameters of this update.",
+                {"type": "string"},
+            ),
+            query("incarnation", "Refused if the session was created anew since.", _INCARNATION),
             NAMES,
             DTYPE,
             PREFER,

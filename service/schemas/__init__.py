@@ -6,6 +6,7 @@ from service.schemas.answers import (
     ParamsAnswer,
     PatchedSession,
     Problem,
+    ScheduleAnswer,
     SessionInfo,
     SessionList,
     StateAnswer,
@@ -21,10 +22,21 @@ from service.schemas.control import (
     parse_count,
     parse_prefer,
 )
-from service.schemas.spec import CreateSession, Spec, Update, apply_patch, diff, parse_spec
+from service.schemas.groups import DEFAULT, Group, Terms, parse_group, with_overrides
+from service.schemas.spec import (
+    CreateSession,
+    Spec,
+    Update,
+    apply_patch,
+    diff,
+    parse_spec,
+    terms,
+)
 
 __all__ = [
+    "DEFAULT",
     "CreateSession",
+    "Group",
     "HistoryAnswer",
     "LayoutEntry",
     "ParamsAnswer",
@@ -32,11 +44,13 @@ __all__ = [
     "Prefer",
     "Problem",
     "PushControl",
+    "ScheduleAnswer",
     "SessionInfo",
     "SessionList",
     "Spec",
     "StateAnswer",
     "StepSummary",
+    "Terms",
     "Update",
     "apply_patch",
     "check_id",
@@ -45,6 +59,9 @@ __all__ = [
     "parse_base",
     "parse_control",
     "parse_count",
+    "parse_group",
     "parse_prefer",
     "parse_spec",
+    "terms",
+    "with_overrides",
 ]

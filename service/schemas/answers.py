@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.hyper import Optimizer
+from service.schemas.around import Clip, Ema, Schedule
 from service.schemas.spec import Update
 
 
@@ -29,12 +30,20 @@ class StepSummary(BaseModel):
     replayed: bool = Field(description="This answers a repeat; nothing was applied now.")
     identified: bool = Field(description="The push had a worker and a sequence: retry it freely.")
     staleness: int
-    lr: float
-    grad_norm: float | None = Field(description="Of the whole gradient; null if not finite.")
-    clipped: bool
+    lr: float = Field(description="Of the default group in this update.")
+    grad_norm: float | None = Field(
+        description="Of the gradient, divided by grad_scale, before clipping; null if not finite."
+    )
+    clipped: bool = Field(description="Whether clipping made any gradient smaller.")
     skipped: Literal["nonfinite"] | None
-    params_finite: bool
-    round: int | None
+    params_finite: bool = Field(description="Whether every parameter that was written is finite.")
+    update_norm: float | None = Field(
+        description="Of the change of all parameters; null unless the session measures norms."
+    )
+    param_norm: float | None = Field(
+        description="Of all parameters after the update; null unless the session measures norms."
+    )
+    round: int | None = Field(description="Null; rounds come with update mode sync.")
 
 
 class LayoutEntry(BaseModel):
@@ -44,31 +53,48 @@ class LayoutEntry(BaseModel):
     dtype: str = Field(description="As it was uploaded.")
     shape: list[int]
     offset: int = Field(description="In elements of the flat vector.")
+    group: str
     count: int = Field(description="Updates of this tensor.")
 
 
-class SessionInfo(BaseModel):
-    """Everything about a session."""
+class SessionBrief(BaseModel):
+    """A session as a list has it."""
 
     id: str
     status: Literal["empty", "ready", "broken"]
-    attached: bool
-    revision: int
+    attached: bool = Field(description="Only in the answer to a PUT: it existed already.")
+    incarnation: str = Field(description="Another one for each creation under an id.")
+    revision: int = Field(description="Counts changes of the specification.")
     step: int
     epoch: int
     version: int
     optimizer: Optimizer
+    groups: list[dict[str, Any]] = Field(
+        description="Beside the default one; each with every effective hyperparameter."
+    )
+    clip: Clip | None
+    schedule: Schedule | None
+    ema: Ema | None
+    norms: bool
     device: str
     dtype: Literal["F32", "F64"]
     update: Update
     missing: str
     on_nonfinite: str
     durability: str
+    tensors: int
+    workers: int = Field(description="Whose sequence numbers are remembered.")
+    created_at: float = Field(description="Seconds since 1970.")
+    bytes: dict[str, int] = Field(description="Reserved in all; of the parameters, and so on.")
+    max_push_bytes: int | None = Field(
+        description="The largest body of a push: the widest gradient and the largest header."
+    )
+
+
+class SessionInfo(SessionBrief):
+    """Everything about a session."""
+
     layout: list[LayoutEntry]
-    workers: int
-    created_at: float
-    bytes: dict[str, int]
-    max_push_bytes: int | None
 
 
 class PatchedSession(SessionInfo):
@@ -80,7 +106,7 @@ class PatchedSession(SessionInfo):
 class SessionList(BaseModel):
     """A page of sessions, in order of their ids."""
 
-    sessions: list[SessionInfo]
+    sessions: list[SessionBrief]
     next: str | None = Field(description="Pass as `after` for the next page; null at the end.")
 
 
@@ -102,6 +128,13 @@ class StateAnswer(BaseModel):
     rule: str
     counts: dict[str, int]
     state: dict[str, Any]
+
+
+class ScheduleAnswer(BaseModel):
+    """Learning rates of the updates to come."""
+
+    step: int = Field(description="Completed updates; the first rate is that of the next one.")
+    lr: dict[str, list[float]] = Field(description="By group; without overrides and staleness.")
 
 
 class HistoryAnswer(BaseModel):

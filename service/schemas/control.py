@@ -1,5 +1,6 @@
 """Control values of a push and of a pull. By hand: a query model doubles the cost of a step."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -8,17 +9,18 @@ from typing import Any, NamedTuple
 from gradpost.protocol.versions import parse_version
 from service.errors import BadRequest, NotSupportedYet
 from service.hyper import nearest
-from service.schemas.spec import invalid
+from service.schemas.refusals import invalid
 
 _WORKER = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FIELDS = ["worker", "sequence", "base_version", "loss"]
+_FIELDS = [
+    *("worker", "sequence", "base_version", "loss", "grad_scale", "overrides", "incarnation"),
+]
 _SOON = {
     "weight": "weights of contributions; update mode sync comes later",
-    "grad_scale": "loss scaling; divide the gradient in the trainer",
-    "overrides": "overrides per push; PATCH the session instead",
-    "found_inf": "loss scaling; use on_nonfinite: skip",
+    "found_inf": "do not push such a gradient, or create the session with on_nonfinite: skip",
 }
+_SCALES = (1e-30, 1e30)
 
 
 class PushControl(NamedTuple):
@@ -28,6 +30,10 @@ class PushControl(NamedTuple):
     sequence: int | None
     base_version: tuple[int, int] | None
     loss: float | None
+    grad_scale: float | None = None
+    overrides: str | None = None
+    """Canonical JSON text: {group name: {hyperparameter: value}}."""
+    incarnation: str | None = None
 
     @property
     def key(self) -> tuple[str, int] | None:
@@ -39,7 +45,9 @@ class PushControl(NamedTuple):
     @property
     def canonical(self) -> bytes:
         """The control values as bytes, the same for every encoding of the same push."""
-        return f"{self.base_version} {self.loss!r}".encode()
+        more = (self.grad_scale, self.overrides)
+        text = f"{self.base_version} {self.loss!r}"
+        return (text if more == (None, None) else f"{text} {more!r}").encode()
 
 
 class Prefer(NamedTuple):
@@ -83,12 +91,21 @@ def parse_control(values: Mapping[str, Any], *, text: bool) -> PushControl:
         None if sequence is None else _whole("sequence", sequence, text=text),
         None if base is None else parse_base("base_version", base),
         None if values.get("loss") is None else _loss(values["loss"], text=text),
+        None if values.get("grad_scale") is None else _scale(values["grad_scale"], text=text),
+        None if values.get("overrides") is None else _overrides(values["overrides"]),
+        None if values.get("incarnation") is None else _incarnation(values["incarnation"]),
     )
 
 
 def _worker(value: Any) -> str:
     if not isinstance(value, str) or not _WORKER.fullmatch(value):
         raise invalid("worker", "A worker id is 1 to 128 letters, digits, dots, dashes or _.")
+    return value
+
+
+def _incarnation(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{32}", value):
+        raise invalid("incarnation", "32 hexadecimal digits, as the session's description has it.")
     return value
 
 
@@ -116,16 +133,41 @@ def parse_base(field: str, value: Any) -> tuple[int, int]:
         raise invalid(field, str(error)) from None
 
 
-def _loss(value: Any, *, text: bool) -> float:
+def _number(value: Any, *, text: bool) -> float:
+    """A float; NaN for what is none."""
+    if isinstance(value, bool) or (isinstance(value, str) and not text):
+        return math.nan
     try:
-        if isinstance(value, bool) or (isinstance(value, str) and not text):
-            raise ValueError
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
-        number = math.nan
+        return math.nan
+
+
+def _loss(value: Any, *, text: bool) -> float:
+    number = _number(value, text=text)
     if not math.isfinite(number):
         raise invalid("loss", "A finite number, for the history; leave it out if there is none.")
     return number
+
+
+def _scale(value: Any, *, text: bool) -> float:
+    number = _number(value, text=text)
+    if not _SCALES[0] <= number <= _SCALES[1]:
+        raise invalid(
+            "grad_scale", f"A number from {_SCALES[0]:g} to {_SCALES[1]:g}: the gradient is "
+            "divided by it."
+        )  # fmt: skip
+    return number
+
+
+def _overrides(value: Any) -> str | None:
+    """The canonical text; no group changed is no override."""
+    if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
+        raise invalid(
+            "overrides", 'An object: group name → hyperparameters, as {"default": {"lr": 0.1}}.'
+        )
+    kept = {name: fields for name, fields in value.items() if fields}
+    return json.dumps(kept, sort_keys=True) if kept else None
 
 
 def parse_prefer(value: str | None, wait_cap_s: float) -> Prefer:

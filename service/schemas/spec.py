@@ -1,28 +1,23 @@
 """The specification of a session: what is trained how. Parsed, compared, patched."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, ValidationError
 
-from gradpost.protocol.dtypes import NUMPY
-from service.errors import (
-    DeviceUnavailable,
-    InvalidRequest,
-    NotSupportedYet,
-    ServiceError,
-    Structural,
+from service.errors import DeviceUnavailable, NotSupportedYet
+from service.hyper import BY_NAME, Optimizer, Strict
+from service.schemas.around import Clip, Ema, Schedule
+from service.schemas.groups import (
+    DEFAULT,
+    Group,
+    Terms,
+    check_rule,
+    name_of,
+    needs_arrays,
+    structural,
+    terms_of,
 )
-from service.hyper import (
-    BY_NAME,
-    REASONS,
-    SOON_RULES,
-    AnyRule,
-    Optimizer,
-    Strict,
-    has_buffer,
-    nearest,
-)
+from service.schemas.refusals import from_pydantic, invalid
 
 _LATER = "other update modes come later; this version has async"
 
@@ -49,22 +44,36 @@ class Spec(Strict):
     """Everything that a session is created with, but its parameters."""
 
     soon: ClassVar[dict[str, str]] = {
-        "groups": "parameter groups; one set of hyperparameters rules the whole session",
-        "schedule": "schedules; PATCH lr between steps instead",
-        "clip": "gradient clipping; clip in the trainer",
-        "overrides": "overrides per push; PATCH the session instead",
-        "grad_scale": "loss scaling; divide the gradient in the trainer",
+        "overrides": "they belong to a push; state hyperparameters in optimizer and groups",
+        "grad_scale": "it belongs to a push",
         "push": "pseudo-gradients (push: delta); send start - end as a gradient",
-        "ema": "averages of parameters",
         "log_slots": "durability log",
-        "preset": "named presets of defaults",
+        "preset": "state it in optimizer",
     }
     beside: ClassVar[tuple[str, ...]] = ("params",)
+    elsewhere: ClassVar[dict[str, str]] = {
+        **{name: "optimizer" for rule in BY_NAME.values() for name in rule.model_fields},
+        **dict.fromkeys(Update.model_fields, "update"),
+    }
     optimizer: Optimizer
+    groups: Annotated[tuple[Group, ...], Field(max_length=1000, strict=False)] = Field(
+        (), description="Tensors with hyperparameters of their own; the rest are group default."
+    )
+    clip: Clip | None = Field(None, description="Bounds the gradient before the rule.")
+    schedule: Schedule | None = Field(
+        None, description="lr of each update = lr of the group times a factor of the step."
+    )
+    ema: Ema | None = Field(None, description="An average of the parameters, pulled as of=ema.")
+    norms: bool = Field(
+        False, description="Answer update_norm and param_norm too; costs a pass over both."
+    )
     device: str = Field("cpu", min_length=1, max_length=64)
     dtype: Literal["F32", "F64"] = Field("F32", description="Of parameters and state.")
     update: Update = Update()
-    missing: Literal["refuse"] = Field("refuse", description="A push holds every tensor.")
+    missing: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="A push without some tensors: refused, or those stay as they are.",
+    )
     on_nonfinite: Literal["refuse", "skip"] = Field(
         "refuse", description="A gradient with NaN or infinity: 422, or skipped and consumed."
     )
@@ -80,11 +89,16 @@ class CreateSession(Spec):
 
 
 _VALUES_SOON: dict[tuple[str, ...], dict[Any, str]] = {
-    ("missing",): {"skip": "pushes without some tensors"},
     ("durability",): {"snapshot": "snapshots on disk", "log": "the log on disk"},
     ("update", "mode"): {"sync": _LATER, "bounded": _LATER},
 }
-_STRUCTURAL = ("device", "dtype", "missing", "durability")
+_STRUCTURAL = ("device", "dtype", "durability")
+_NESTED = ("optimizer", "update")
+
+
+def terms(spec: Spec) -> tuple[Terms, ...]:
+    """What holds for each group of a session, the default one first."""
+    return terms_of(spec.optimizer, spec.clip, spec.groups, spec.dtype)
 
 
 def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
@@ -107,7 +121,7 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
         raise from_pydantic(error) from None
     except (OverflowError, RecursionError):
         raise invalid("", "A number does not fit a float64; send finite numbers.") from None
-    _check_range(spec)
+    terms(spec)
     if spec.update.on_stale == "scale" and spec.update.max_staleness is None:
         raise invalid("update.on_stale", "scale needs max_staleness: from where on to scale.")
     if spec.device != "cpu":
@@ -118,17 +132,6 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
             available=["cpu"],
         )
     return spec, spec.model_dump(mode="json", exclude_unset=True)
-
-
-def _check_range(spec: Spec) -> None:
-    """Refuses numbers that are infinite in the dtype that the kernels compute in."""
-    largest = float(np.finfo(NUMPY[spec.dtype]).max)
-    for name, value in spec.optimizer:
-        if isinstance(value, float) and abs(value) > largest:
-            raise invalid(
-                f"optimizer.{name}",
-                f"At most {largest:.9g} in size, the largest number of {spec.dtype}.",
-            )
 
 
 def _refuse_soon(obj: dict[str, Any]) -> None:
@@ -143,15 +146,7 @@ def _refuse_soon(obj: dict[str, Any]) -> None:
                 field=".".join(path),
             )
     optimizer = obj.get("optimizer")
-    rule = optimizer.get("rule") if isinstance(optimizer, dict) else None
-    if not isinstance(rule, str) or rule in BY_NAME:
-        return
-    if rule in SOON_RULES:
-        raise NotSupportedYet(
-            f"Rule {rule} is not supported yet; this version has {', '.join(BY_NAME)}.",
-            field="optimizer.rule",
-        )
-    raise invalid("optimizer.rule", f"There is no rule {rule[:80]!r}; {nearest(rule, [*BY_NAME])}")
+    check_rule(optimizer.get("rule") if isinstance(optimizer, dict) else None, "optimizer.rule")
 
 
 def diff(spec: Spec, stated: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,6 +160,9 @@ def _diff(ours: dict[str, Any], yours: dict[str, Any], prefix: str) -> list[dict
         mine = ours.get(name)
         if isinstance(mine, dict) and isinstance(value, dict):
             found += _diff(mine, value, f"{prefix}{name}.")
+        elif name == "groups" and isinstance(mine, list) and len(mine) == len(value):
+            for index, (one, other) in enumerate(zip(mine, value, strict=True)):
+                found += _diff(one, other, f"{prefix}groups.{index}.")
         elif mine != value:
             found.append({"field": prefix + name, "ours": mine, "yours": value})
     return found
@@ -183,75 +181,46 @@ def apply_patch(spec: Spec, patch: object) -> Spec:
         raise invalid("params", "A PATCH changes no parameters; PUT them to the session's params.")
     base = spec.model_dump(mode="json")
     for name, value in patch.items():
-        if name in ("optimizer", "update") and isinstance(value, dict):
+        if name in _NESTED and isinstance(value, dict):
             base[name] = {**base[name], **value}
+        elif name == "groups":
+            base[name] = _patched_groups(spec, base[name], value)
         else:
             base[name] = value
     rule = base["optimizer"].get("rule") if isinstance(base["optimizer"], dict) else None
-    if isinstance(rule, str) and rule in BY_NAME and rule != spec.optimizer.rule:
-        raise _structural("optimizer.rule")
+    if isinstance(rule, str) and rule != spec.optimizer.rule:
+        check_rule(rule, "optimizer.rule")
+        raise needs_arrays("optimizer.rule")
     changed, _ = parse_spec(base)
     for name in _STRUCTURAL:
         if getattr(changed, name) != getattr(spec, name):
-            raise _structural(name)
-    _check_arrays(spec.optimizer, changed.optimizer)
+            raise needs_arrays(name)
+    if (changed.ema is None) != (spec.ema is None):
+        raise needs_arrays("ema")
+    for old, new in zip(terms(spec), terms(changed), strict=True):
+        field = structural(old.optimizer, new.optimizer)
+        if field is not None:
+            where = "optimizer" if old.name == DEFAULT else f"groups.{old.name}"
+            raise needs_arrays(f"{where}.{field}")
     return changed
 
 
-def _check_arrays(old: AnyRule, new: AnyRule) -> None:
-    for name in sorted(old.structural):
-        if getattr(old, name) != getattr(new, name):
-            raise _structural(f"optimizer.{name}")
-    if has_buffer(old) != has_buffer(new):
-        raise _structural("optimizer.momentum")
-
-
-def _structural(field: str) -> Structural:
-    return Structural(
-        f"{field} decides which arrays a session has and is fixed at its creation; create another "
-        "session and upload the parameters there.",
-        field=field,
-    )
-
-
-def invalid(field: str, message: str) -> InvalidRequest:
-    """One wrong field as a refusal."""
-    where = f"{field}: " if field else ""
-    return InvalidRequest(where + message, errors=[{"field": field, "message": message}])
-
-
-def from_pydantic(error: ValidationError) -> ServiceError:
-    """Pydantic's findings as one of our refusals, with no input echoed that JSON can't carry."""
-    errors = []
-    for item in error.errors(include_url=False, include_context=True, include_input=False):
-        path = [str(part) for part in item["loc"]]
-        # The discriminated union puts the rule's name into the path; nobody wrote it there.
-        if len(path) > 1 and path[0] == "optimizer" and path[1] in BY_NAME:
-            del path[1]
-        context = item.get("ctx", {})
-        if item["type"] in ("not_supported_yet", "unknown_field"):
-            path.append(str(context.get("field", "")))
-        elif item["type"].startswith("union_tag"):
-            path.append("rule")
-        elif item["type"] == "nesterov":
-            path.append("nesterov")
-        field = ".".join(path)
-        if item["type"] == "not_supported_yet":
-            return NotSupportedYet(f"{field}: {item['msg']}", field=field)
-        errors.append({"field": field[:200], "message": _sentence(item["type"], path, item["msg"])})
-    first = errors[0]
-    return InvalidRequest(f"{first['field']}: {first['message']}", errors=errors[:20])
-
-
-def _sentence(kind: str, path: list[str], message: str) -> str:
-    """What was wrong, and what to send instead."""
-    name = next((part for part in reversed(path) if not part.isdigit()), "")
-    if kind.startswith("union_tag"):
-        return f"Name the rule: one of {', '.join(BY_NAME)}."
-    if kind in ("missing", "model_type", "model_attributes_type") and name == "optimizer":
-        return 'Send an object that names the rule, such as {"rule": "adam"}.'
-    if kind == "model_type":
-        return "Send an object, or leave it out."
-    if name in REASONS and kind not in ("unknown_field", "nesterov"):
-        return f"{message}: {REASONS[name]}."
-    return message if message.endswith((".", "?")) else message + "."
+def _patched_groups(spec: Spec, base: list[dict[str, Any]], patch: object) -> list[dict[str, Any]]:
+    """The groups with some fields replaced, found by name; null gives up a group's own value."""
+    if not isinstance(patch, list) or not all(isinstance(item, dict) for item in patch):
+        raise invalid("groups", 'A list of objects, each with the "name" of a group to change.')
+    names = [name_of(group, index) for index, group in enumerate(spec.groups)]
+    found = list(base)
+    for index, item in enumerate(patch):
+        name = item.get("name")
+        if name not in names:
+            raise invalid(
+                f"groups.{index}.name",
+                f"Name a group of the session: {', '.join(names) or 'it has none'}.",
+            )
+        at = names.index(name)
+        if "params" in item and item["params"] != found[at]["params"]:
+            raise needs_arrays(f"groups.{name}.params")
+        merged = {**found[at], **{k: v for k, v in item.items() if k != "name"}}
+        found[at] = {k: v for k, v in merged.items() if v is not None or k in ("name", "clip")}
+    return found

@@ -1,46 +1,207 @@
-"""The arrays of a session, and what may be put into them."""
+"""The arrays of a session, group by group, and how they are made."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
-from kernels.registry import Slot
+from gradpost.protocol.dtypes import DTYPES, NUMPY
+from kernels.registry import RULES, Rule, Slot
 from service.errors import TensorMismatch
+from service.limits import Budget
+from service.schemas import Group, Terms
+from service.sessions import runs as stretches
 from service.sessions.gradients import Gradients
-from service.sessions.layout import Layout
+from service.sessions.layout import Entry, Layout, Span
+from service.sessions.runs import Run
 from service.sessions.versions import Versions
+from service.settings import Settings
 
 Array = NDArray[Any]
 Tensor = tuple[str, str, tuple[int, ...], Array]
 """Name, wire dtype, shape, and the flat values as they are stored in that dtype."""
 
 
-class Run(NamedTuple):
-    """A stretch of the flat vector whose tensors have been updated equally often."""
+MATCHES = 2_000_000
+"""Patterns times tensors that a creation may match: about a second."""
 
-    lo: int
-    hi: int
-    updates: int
+
+class Piece(NamedTuple):
+    """The part of a state array that belongs to one tensor; it begins at `offset`."""
+
+    slot: str
+    entry: Entry
+    array: Array
+    offset: int
+
+    @property
+    def flat(self) -> Array:
+        """The tensor's own elements."""
+        return self.array[self.offset : self.offset + self.entry.size]
+
+
+@dataclass
+class Ruled:
+    """One group: its stretch of the flat vector, its rule, and its state.
+
+    Attributes:
+        rule: The update rule.
+        slots: What it keeps.
+        state: One array of the group's own length for each slot.
+        span: Where the group lies.
+        runs: Its tensors by how often they were updated.
+    """
+
+    rule: Rule
+    slots: tuple[Slot, ...]
+    state: tuple[Array, ...]
+    span: Span
+    runs: tuple[Run, ...]
+
+    def pieces(self, layout: Layout) -> list[Piece]:
+        """Every (slot, tensor), slot by slot."""
+        lo = self.span.lo
+        return [
+            Piece(slot.name, e, array, e.offset - lo)
+            for slot, array in zip(self.slots, self.state, strict=True)
+            for e in layout.entries[self.span.first : self.span.last]
+        ]
 
 
 @dataclass
 class Arena:
-    """The arrays of a session that has parameters."""
+    """The arrays of a session that has parameters.
+
+    Attributes:
+        layout: Which tensor lies where.
+        versions: The parameters.
+        groups: The default group first.
+        gradients: Buffers for pushes.
+        average: The exponential average of the parameters, if one is kept.
+        reserved: Bytes of the budget that all this was reckoned at.
+    """
 
     layout: Layout
     versions: Versions
-    slots: tuple[Slot, ...]
-    state: tuple[Array, ...]
+    groups: tuple[Ruled, ...]
     gradients: Gradients
-    runs: tuple[Run, ...]
-    reserved: int = field(default=0)
+    average: Array | None
+    reserved: int
 
     @property
     def size(self) -> int:
         """Elements of the flat vector."""
         return self.layout.size
+
+    @property
+    def state(self) -> tuple[Array, ...]:
+        """All state arrays."""
+        return tuple(array for group in self.groups for array in group.state)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, in layout order."""
+        return tuple(run for group in self.groups for run in group.runs)
+
+    def pieces(self) -> list[Piece]:
+        """Every state array, tensor by tensor; the average is among them."""
+        found = [piece for group in self.groups for piece in group.pieces(self.layout)]
+        if self.average is not None:
+            found += [Piece("ema", e, self.average, e.offset) for e in self.layout.entries]
+        return found
+
+
+def make(
+    layout: Layout,
+    terms: Sequence[Terms],
+    dtype: str,
+    *,
+    average: bool,
+    settings: Settings,
+    budget: Budget,
+) -> Arena:
+    """Reserves what a session of this layout needs, then makes it.
+
+    Raises:
+        InsufficientMemory: The budget has no room.
+    """
+    flat_bytes = layout.size * DTYPES[dtype]
+    spans = [layout.span(index) for index in range(len(terms))]
+    slots = [RULES[one.optimizer.rule].slots(one.hyper) for one in terms]
+    state_bytes = sum(
+        (span.hi - span.lo) * DTYPES[dtype] * len(kept)
+        for span, kept in zip(spans, slots, strict=True)
+    )
+    # Two versions (the head and a spare), one gradient in flight, the average, the state.
+    reserved = flat_bytes * (3 + average) + state_bytes
+    budget.reserve(reserved)
+    kind = np.dtype(NUMPY[dtype])
+    try:
+        groups = tuple(
+            Ruled(
+                RULES[one.optimizer.rule],
+                kept,
+                tuple(_filled(slot, span.hi - span.lo, kind) for slot in kept),
+                span,
+                stretches.whole(span),
+            )
+            for one, span, kept in zip(terms, spans, slots, strict=True)
+        )
+        return Arena(
+            layout,
+            Versions(layout.size, kind, settings.max_versions, budget),
+            groups,
+            Gradients(flat_bytes, budget),
+            np.zeros(layout.size, kind) if average else None,
+            reserved,
+        )
+    except BaseException:
+        budget.release(reserved)
+        raise
+
+
+def _filled(slot: Slot, size: int, kind: "np.dtype[Any]") -> Array:
+    """A state array before the first update; what starts at lr is filled by that update."""
+    return np.full(size, slot.initial or 0.0, kind)
+
+
+def members(groups: Sequence[Group], names: Sequence[str]) -> list[int]:
+    """The group of each tensor: 0 is the default one, n + 1 is groups[n].
+
+    A group names tensors, or patterns with `*`, `?` and `[ ]`; a name that is a tensor's own is
+    never a pattern.
+
+    Raises:
+        TensorMismatch: A tensor that two groups name, or a name or pattern that no tensor has.
+    """
+    known = set(names)
+    found = dict.fromkeys(names, 0)
+    patterns = sum(pattern not in known for group in groups for pattern in group.params)
+    if patterns * len(names) > MATCHES:
+        raise TensorMismatch(
+            f"{patterns} patterns for {len(names)} tensors are too many to match; name the tensors."
+        )
+    for index, group in enumerate(groups):
+        for pattern in dict.fromkeys(group.params):
+            matched = [pattern] if pattern in known else fnmatch.filter(names, pattern)
+            if not matched:
+                raise TensorMismatch(
+                    f"{pattern!r} of groups.{index} names no tensor of the upload; name those it "
+                    "has, or leave it out.",
+                    names=[pattern[:200]],
+                )
+            for name in matched:
+                if found[name] not in (0, index + 1):
+                    raise TensorMismatch(
+                        f"{name!r} belongs to groups.{found[name] - 1} and to groups.{index}; a "
+                        "tensor has one group.",
+                        names=[name],
+                    )
+                found[name] = index + 1
+    return [found[name] for name in names]
 
 
 def check_known(layout: Layout, tensors: Sequence[Tensor]) -> None:
@@ -62,58 +223,14 @@ def check_known(layout: Layout, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def check_state(
-    arena: Arena, dtype: str, tensors: Sequence[Tensor], counted: Mapping[str, int]
-) -> None:
-    """Refuses a state that is not exactly the session's.
-
-    Raises:
-        TensorMismatch: Not every `<slot>/<tensor>` in the session's dtype and shapes, or counts
-            that do not name every tensor.
-    """
-    shapes = {
-        f"{slot.name}/{entry.name}": entry.shape
-        for slot in arena.slots
-        for entry in arena.layout.entries
-    }
-    came = {name: shape for name, _, shape, _ in tensors}
-    wrong = sorted(
-        {name for name in shapes.keys() | came.keys() if shapes.get(name) != came.get(name)}
-        | {name for name, other, _, _ in tensors if other != dtype}
-    )
-    if wrong:
-        raise TensorMismatch(
-            f"A state has every <slot>/<tensor> of the session in {dtype}; missing, "
-            f"unexpected, misshapen or of another dtype: {', '.join(map(repr, wrong[:10]))}.",
-            names=wrong[:20],
-        )
-    if counted.keys() != arena.layout.index.keys():
-        raise TensorMismatch(
-            "The counts must name every tensor of the session and no other; take them from "
-            "the metadata of GET state.",
-            names=sorted(counted.keys() ^ arena.layout.index.keys())[:20],
-        )
+def by_entry(arena: Arena) -> list[Run]:
+    """For each entry of the layout, the run it belongs to."""
+    return [run for run in arena.runs for _ in range(run.first, run.last)]
 
 
 def counts(arena: Arena) -> dict[str, int]:
     """Updates of each tensor."""
     return {
-        entry.name: next(
-            run.updates
-            for run in arena.runs
-            if run.lo <= entry.offset and entry.offset + entry.size <= run.hi
-        )
-        for entry in arena.layout.entries
+        entry.name: run.updates
+        for entry, run in zip(arena.layout.entries, by_entry(arena), strict=True)
     }
-
-
-def runs_of(layout: Layout, counted: Mapping[str, int]) -> tuple[Run, ...]:
-    """Maximal stretches of layout neighbours with equal counts."""
-    runs: list[Run] = []
-    for entry in layout.entries:
-        end = entry.offset + entry.size
-        if runs and runs[-1].updates == counted[entry.name]:
-            runs[-1] = runs[-1]._replace(hi=end)
-        else:
-            runs.append(Run(entry.offset, end, counted[entry.name]))
-    return tuple(runs) or (Run(0, 0, 0),)

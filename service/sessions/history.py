@@ -7,6 +7,8 @@ from typing import NamedTuple
 class Record(NamedTuple):
     """One push that was admitted. Times are seconds."""
 
+    number: int
+    """Counts the records of a session, from 1: pass the last one as `after` to go on."""
     step: int
     epoch: int
     version: int
@@ -17,6 +19,9 @@ class Record(NamedTuple):
     loss: float | None
     lr: float
     grad_norm: float | None
+    clipped: bool
+    update_norm: float | None
+    param_norm: float | None
     staleness: int
     queued_s: float
     step_s: float
@@ -28,12 +33,31 @@ class History:
 
     def __init__(self, limit: int) -> None:
         self._records: deque[Record] = deque(maxlen=limit)
+        self.count = 0
+        """Records so far; the next one has the number after it."""
 
     def append(self, record: Record) -> None:
         """Adds a record and forgets the oldest beyond the limit."""
         self._records.append(record)
+        self.count += 1
 
-    def last(self, limit: int, after_step: int = 0) -> list[dict[str, object]]:
-        """At most `limit` of the newest records whose step is above `after_step`, in order."""
-        chosen = [r for r in self._records.copy() if r.step > after_step]
-        return [record._asdict() for record in chosen[len(chosen) - min(limit, len(chosen)) :]]
+    def page(
+        self, limit: int, after_step: int | None = None, after: int | None = None
+    ) -> list[dict[str, object]]:
+        """At most `limit` records in order: the newest, or the oldest behind a place.
+
+        Args:
+            limit: How many.
+            after_step: Only later steps. A skipped push has the step at which it was skipped, and
+                belongs to what follows that step.
+            after: Only records of a larger number.
+        """
+        chosen = [
+            record
+            for record in self._records.copy()
+            if (after is None or record.number > after)
+            and (after_step is None or record.step + (not record.applied) > after_step)
+        ]
+        follows = after is not None or after_step is not None
+        part = chosen[:limit] if follows else chosen[-limit:]
+        return [record._asdict() for record in part]

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from kernels.pool import Pool
@@ -17,7 +18,16 @@ class _Waiting(NamedTuple):
     program: Program[Any]
     result: asyncio.Future[Any]
     since: float
-    here: bool
+    here: Callable[[], bool]
+
+
+BURST = 32
+"""Programs that run on the event loop in a row before other work there has its turn."""
+
+
+def never() -> bool:
+    """Says that a program belongs into the pool."""
+    return False
 
 
 async def on_pool(pool: Pool, program: Program[T]) -> T:
@@ -33,6 +43,16 @@ async def on_pool(pool: Pool, program: Program[T]) -> T:
     except RuntimeError:
         raise stopping() from None
     return await asyncio.shield(result)
+
+
+async def in_pool(pool: Pool, work: Callable[[], T]) -> T:
+    """Runs one function in the pool and awaits its result."""
+
+    def program() -> Program[T]:
+        found: list[T] = yield [work]
+        return found[0]
+
+    return await on_pool(pool, program())
 
 
 def stopping() -> ShuttingDown:
@@ -74,13 +94,13 @@ class Lane:
         """Queues a program and awaits its result; cancelling the caller does not stop it."""
         return await asyncio.shield(self.submit(program))
 
-    def submit(self, program: Program[T], *, here: bool = False) -> asyncio.Future[T]:
+    def submit(self, program: Program[T], *, here: Callable[[], bool] = never) -> asyncio.Future[T]:
         """Queues a program.
 
         Args:
             program: What to run.
-            here: Run it on the event loop when its turn comes: for work shorter than the hop to
-                a thread and back (see docs/decisions/0007), which must not compile or wait.
+            here: Asked when its turn comes: run it on the event loop? For work shorter than the
+                hop to a thread and back (docs/decisions/0007), which must not compile or wait.
 
         Returns:
             Its result. Await it shielded: cancelling it would not stop the program.
@@ -88,34 +108,53 @@ class Lane:
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(program, result, time.perf_counter(), here))
         if not self._busy:
-            self._start()
+            self._go_on()
         return result
 
-    def _start(self) -> None:
-        self._busy = True
-        program, result, since, here = self._waiting.popleft()
-        self.started_at = time.perf_counter()
-        self.queued_s = self.started_at - since
-        if here:
-            self._finish(result, *_drive(program))
-            return
+    def _go_on(self) -> None:
+        """Starts what waits: one after another here, until one has to go to the pool."""
         loop = asyncio.get_running_loop()
+        for _ in range(BURST):
+            if self._busy or not self._waiting:
+                return
+            self._busy = True
+            program, result, since, here = self._waiting.popleft()
+            self.started_at = time.perf_counter()
+            self.queued_s = self.started_at - since
+            if here():
+                self._end(result, *_drive(program))
+                continue
+            try:
+                self._pool.submit(program, partial(self._back, loop, result))
+            except RuntimeError:  # the pool is closed; the program has not begun
+                program.close()
+                self._end(result, None, stopping())
+        if self._waiting and not self._busy:
+            loop.call_soon(self._resume)
 
-        def done(value: Any, error: BaseException | None) -> None:
-            loop.call_soon_threadsafe(self._finish, result, value, error)
+    def _resume(self) -> None:
+        if not self._busy:
+            self._go_on()
 
-        try:
-            self._pool.submit(program, done)
-        except RuntimeError:  # the pool is closed; the program has not begun
-            program.close()
-            self._finish(result, None, stopping())
+    def _back(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        result: asyncio.Future[Any],
+        value: Any,
+        error: BaseException | None,
+    ) -> None:
+        """Hands a result from a thread of the pool to the event loop."""
+        loop.call_soon_threadsafe(self._finish, result, value, error)
 
     def _finish(self, result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+        """Takes a result from the pool, on the event loop."""
+        self._end(result, value, error)
+        self._go_on()
+
+    def _end(self, result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
         self._busy = False
         _settle(result, value, error)
         self._after()
-        if self._waiting and not self._busy:
-            self._start()
 
     async def idle(self) -> None:
         """Returns when nothing runs or waits."""

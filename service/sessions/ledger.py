@@ -1,5 +1,6 @@
 """Which pushes were admitted: the reason why a retry is never applied twice."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,11 @@ class Summary(NamedTuple):
     staleness: int
     lr: float
     grad_norm: float | None
+    clipped: bool
     skipped: str | None
     params_finite: bool
+    update_norm: float | None
+    param_norm: float | None
 
     def answer(self, *, replayed: bool) -> dict[str, object]:
         """The JSON members of the answer."""
@@ -36,9 +40,11 @@ class Summary(NamedTuple):
             "staleness": self.staleness,
             "lr": self.lr,
             "grad_norm": self.grad_norm,
-            "clipped": False,
+            "clipped": self.clipped,
             "skipped": self.skipped,
             "params_finite": self.params_finite,
+            "update_norm": self.update_norm,
+            "param_norm": self.param_norm,
             "round": None,
         }
 
@@ -61,8 +67,8 @@ class Ledger:
     """Per worker, the last `WINDOW` sequence numbers and what each of them did.
 
     Sequences identify; they do not order: any unused number above (highest - WINDOW) is free.
-    A worker that was silent for `retention_s` shrinks to a tombstone. Only the lane records;
-    lookups may come from the event loop at any time.
+    A worker that was silent for `retention_s` shrinks to a tombstone when another needs its place.
+    Only the lane records; lookups change nothing and may come from the event loop at any time.
 
     Args:
         max_workers: Workers with a window at the same time.
@@ -79,6 +85,7 @@ class Ledger:
         self._max_workers = max_workers
         self._retention_s = retention_s
         self._clock = clock
+        self._lock = threading.Lock()
         self._workers: dict[str, _Worker] = {}  # ordered by last admission, the oldest first
         self._retired: set[str] = set()
 
@@ -90,22 +97,24 @@ class Ledger:
             TooOld: The number lies below the worker's window.
             TooManyWorkers: A new worker has no place.
         """
-        state = self._workers.get(worker)
-        if worker in self._retired or (state is not None and self._expired(state)):
+        with self._lock:
+            state = self._workers.get(worker)
+            retired = worker in self._retired or (state is not None and self._expired(state))
+            full = state is None and not self._has_room()
+            known = None if state is None else state.admitted.get(sequence)
+        if retired:
             raise WorkerRetired(
                 f"Worker {worker!r} was silent for more than {self._retention_s:.0f} s and its "
                 "sequence numbers are forgotten; go on under a new worker id.",
                 worker=worker,
             )
-        if state is None:
-            if len(self._workers) >= self._max_workers and not self._retire_oldest():
-                raise TooManyWorkers(
-                    f"The session knows {self._max_workers} workers already; reuse a worker id per "
-                    "process, or raise GRADPOST_MAX_WORKERS.",
-                    max_workers=self._max_workers,
-                )
-            return None
-        if sequence <= state.highest - WINDOW:
+        if full:
+            raise TooManyWorkers(
+                f"The session knows {self._max_workers} workers already; reuse a worker id per "
+                "process, or raise GRADPOST_MAX_WORKERS.",
+                max_workers=self._max_workers,
+            )
+        if state is not None and sequence <= state.highest - WINDOW:
             raise TooOld(
                 f"Sequence {sequence} of worker {worker!r} lies {state.highest - sequence} below "
                 f"its highest; only the last {WINDOW} are kept, so it can't be told whether this "
@@ -114,21 +123,24 @@ class Ledger:
                 sequence=sequence,
                 oldest=state.highest - WINDOW + 1,
             )
-        return state.admitted.get(sequence)
+        return known
 
     def record(self, worker: str, sequence: int, digest: bytes, summary: Summary) -> None:
         """Consumes a number. Called by the lane, together with the step."""
-        state = self._workers.pop(worker, None) or _Worker()
-        self._workers[worker] = state
-        state.seen_at = self._clock()
-        state.admitted[sequence] = Admitted(digest, summary)
-        if sequence > state.highest:
-            state.highest = sequence
-            # Numbers mostly come one by one: then this forgets exactly the one that falls out.
-            state.admitted.pop(sequence - WINDOW, None)
-            if len(state.admitted) > 2 * WINDOW:
-                floor = sequence - WINDOW
-                state.admitted = {s: a for s, a in state.admitted.items() if s > floor}
+        with self._lock:
+            if worker not in self._workers and len(self._workers) >= self._max_workers:
+                self._retire_oldest()
+            state = self._workers.pop(worker, None) or _Worker()
+            self._workers[worker] = state
+            state.seen_at = self._clock()
+            state.admitted[sequence] = Admitted(digest, summary)
+            if sequence > state.highest:
+                state.highest = sequence
+                # Numbers mostly come one by one: then this forgets exactly the one that falls out.
+                state.admitted.pop(sequence - WINDOW, None)
+                if len(state.admitted) > 2 * WINDOW:
+                    floor = sequence - WINDOW
+                    state.admitted = {s: a for s, a in state.admitted.items() if s > floor}
 
     def size(self) -> int:
         """Numbers that are remembered, over all workers."""
@@ -142,15 +154,18 @@ class Ledger:
     def _expired(self, state: _Worker) -> bool:
         return self._clock() - state.seen_at > self._retention_s
 
-    def _retire_oldest(self) -> bool:
+    def _has_room(self) -> bool:
+        """Whether a new worker has a place, or the most silent one would make it."""
+        if len(self._workers) < self._max_workers:
+            return True
+        return self._expired(next(iter(self._workers.values())))
+
+    def _retire_oldest(self) -> None:
         """Turns the most silent worker into a tombstone if its time is over."""
-        for name, state in self._workers.items():
-            if not self._expired(state):
-                return False
+        name, state = next(iter(self._workers.items()))
+        if self._expired(state):
             self._retired.add(name)
             del self._workers[name]
-            return True
-        return False
 
 
 def same_push(known: Admitted, digest: bytes, worker: str, sequence: int) -> Summary:

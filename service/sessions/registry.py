@@ -63,6 +63,7 @@ class Sessions:
                 "with the same ones or leave them out, or take another id.",
                 differences=differences,
             )
+        session.attached = True
         return session
 
     def create(self, name: str | None, spec: Spec) -> Session:
@@ -84,12 +85,18 @@ class Sessions:
         session = self._alive[name] = Session(name, spec, epoch, self.shared)
         return session
 
-    def forget(self, session: Session) -> None:
-        """Takes a session back whose creation failed; nobody has seen its epoch."""
-        if self._alive.get(session.id) is session:
-            del self._alive[session.id]
-            if session.epoch > self._floor + 1:
-                self._ended[session.id] = session.epoch - 1
+    async def forget(self, session: Session) -> None:
+        """Takes a session back whose creation failed, unless it has parameters after all.
+
+        Who attached to it in the meantime is told that it is gone.
+        """
+        if not await session.abandon() or self._alive.get(session.id) is not session:
+            return
+        del self._alive[session.id]
+        if session.attached:
+            self._ended[session.id] = session.epoch
+        elif session.epoch > self._floor + 1:
+            self._ended[session.id] = session.epoch - 1
 
     async def delete(self, name: str) -> None:
         """Ends a session and leaves a tombstone."""

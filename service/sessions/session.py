@@ -3,16 +3,14 @@
 import asyncio
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from gradpost.protocol.dtypes import NUMPY
-from kernels import convert, cpu, reduce
+from gradpost.protocol.dtypes import DTYPES
+from kernels import reduce
 from kernels.pool import Pool
-from kernels.registry import RULES
 from service.errors import (
     EpochChanged,
     InFlight,
@@ -20,37 +18,37 @@ from service.errors import (
     Nonfinite,
     ParamsMissing,
     PreconditionFailed,
+    ServiceError,
     SessionGone,
     StaleGradient,
-    TensorMismatch,
     VersionPending,
     VersionUnknown,
 )
 from service.limits import Budget
 from service.metrics import Metrics
-from service.schemas import PushControl, Spec
-from service.sessions.arena import (
-    Arena,
-    Array,
-    Run,
-    Tensor,
-    check_known,
-    check_state,
-    counts,
-    runs_of,
-)
-from service.sessions.gradients import Gradients
+from service.schemas import PushControl, Spec, Terms, with_overrides
+from service.schemas import terms as terms_of
+from service.sessions import transfer, update
+from service.sessions.arena import Arena, Array, Piece, Tensor
 from service.sessions.history import History, Record
 from service.sessions.lane import Lane, Program, stopping
-from service.sessions.layout import Entry, Layout
 from service.sessions.ledger import Ledger, Summary, same_push
-from service.sessions.versions import Version, Versions
+from service.sessions.schedule import factor
+from service.sessions.versions import Version
+from service.sessions.waiting import Waiting
 from service.settings import Settings
 from service.wire.digest import digest
+from service.wire.reader import EntryLike
 
 SMALL = 16_384
 """Elements up to which a push runs on the event loop: about 20 us of kernels, where the hop to a
 thread and back costs 100."""
+FEW = 64
+"""Kernel runs up to which it does: each costs about 5 us of Python."""
+
+
+Base = tuple[int, int | None]
+"""The epoch an upload is made for, and the version; None: any of the epoch."""
 
 
 class Shared(NamedTuple):
@@ -63,12 +61,14 @@ class Shared(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """A whole gradient in layout order, in its wire dtype."""
+    """A gradient in layout order, in its wire dtype; zeros where tensors did not come."""
 
     flat: Array
     dtype: str
     control: PushControl
     release: Callable[[], None]
+    present: tuple[bool, ...] | None = None
+    """For each entry of the layout, whether it came; None: all."""
 
 
 class Outcome(NamedTuple):
@@ -79,8 +79,21 @@ class Outcome(NamedTuple):
     held: Version | None
 
 
+class Position(NamedTuple):
+    """Where a session stands; assigned whole, so that no reader sees half of a change."""
+
+    epoch: int
+    version: int
+    step: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """Step, epoch and version, as a summary has them."""
+        return self.step, self.epoch, self.version
+
+
 class Session:
-    """A model under training, by one rule.
+    """A model under training.
 
     All writes go through the lane; the event loop reads numbers and holds versions. A method that
     raises has changed nothing, except that an unexpected failure inside an update marks the
@@ -90,24 +103,42 @@ class Session:
     def __init__(self, name: str, spec: Spec, epoch: int, shared: Shared) -> None:
         self.id = name
         self.spec = spec
-        self.hyper: Mapping[str, Any] = spec.optimizer.model_dump()
+        self.terms: tuple[Terms, ...] = terms_of(spec)
         self.created_with = spec
+        self.incarnation = uuid.uuid4().hex
         self.revision = 1
-        self.epoch = epoch
-        self.version = 0
-        self.step = 0
+        self.at = Position(epoch, 0, 0)
         self.created_at = time.time()
         self.arena: Arena | None = None
         self.broken: str | None = None
         self.deleted = False
+        self.attached = False
         settings = shared.settings
         self.ledger = Ledger(settings.max_workers, settings.worker_retention_s)
         self.history = History(settings.history_steps)
-        self.lane = Lane(shared.pool, self._wake)
         self.shared = shared
-        self._dtype = np.dtype(NUMPY[spec.dtype])
+        self.waiting = Waiting(
+            lambda: None if self.arena is None else self.arena.versions,
+            self._refusal,
+            self._pending,
+        )
+        self.lane = Lane(shared.pool, self.waiting.wake)
         self._committing: set[tuple[str, int]] = set()
-        self._waiters: list[tuple[tuple[int, int], asyncio.Future[Version]]] = []
+
+    @property
+    def epoch(self) -> int:
+        """Counts histories, from 1."""
+        return self.at.epoch
+
+    @property
+    def version(self) -> int:
+        """Counts changes of the parameters in this epoch."""
+        return self.at.version
+
+    @property
+    def step(self) -> int:
+        """Counts updates."""
+        return self.at.step
 
     # What anyone may ask, on the event loop
 
@@ -130,13 +161,19 @@ class Session:
 
     def check_alive(self) -> None:
         """Refuses everything once the session was deleted or broke."""
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
+
+    def _refusal(self) -> ServiceError | None:
         if self.deleted:
-            raise gone(self.id)
+            return gone(self.id)
         if self.broken is not None:
-            raise Internal(
+            return Internal(
                 f"Session {self.id!r} stopped after an unexpected failure ({self.broken}); see the "
                 "server's log, then delete the session and create it anew.",
             )
+        return None
 
     def check_base(self, control: PushControl) -> int:
         """The staleness of a push.
@@ -146,10 +183,17 @@ class Session:
             VersionUnknown: Its base version does not exist yet.
             StaleGradient: It is staler than the session admits.
         """
+        where = {"epoch": self.epoch, "version": self.version, "step": self.step}
+        if control.incarnation not in (None, self.incarnation):
+            raise EpochChanged(
+                f"Session {self.id!r} was created anew since this gradient's parameters were "
+                "pulled (was the server restarted?). Pull and compute again.",
+                incarnation=self.incarnation,
+                **where,
+            )
         if control.base_version is None:
             return 0
         epoch, base = control.base_version
-        where = {"epoch": self.epoch, "version": self.version, "step": self.step}
         if epoch < self.epoch:
             raise EpochChanged(
                 f"The gradient was computed in epoch {epoch} and the session is in epoch "
@@ -185,6 +229,7 @@ class Session:
 
         Raises:
             InFlight: The same key is being committed.
+            InvalidRequest: Overrides that do not fit.
             ServiceError: As `check_base` and `Ledger.find`.
         """
         self.check_alive()
@@ -199,6 +244,14 @@ class Session:
             if self.ledger.find(*key) is not None:
                 return
         self.check_base(control)
+        self._terms_of(control)
+
+    def may_miss(self, entry: EntryLike) -> bool:
+        """Whether a push may leave a tensor out."""
+        return self.spec.missing == "skip" or self.terms[getattr(entry, "group", 0)].frozen
+
+    def _terms_of(self, control: PushControl) -> Sequence[Terms]:
+        return with_overrides(self.terms, control.overrides, self.spec.dtype)
 
     # Pushes
 
@@ -211,8 +264,12 @@ class Session:
             hold: Pin the version that results, for an answer with parameters.
         """
         outcome = self.lane.submit(
-            self._push_once(gradient, hold=hold), here=self._is_small(gradient)
+            self._push_once(gradient, hold=hold), here=partial(self._is_small, gradient)
         )
+        if outcome.done():
+            gradient.release()
+            return outcome.result()
+        outcome.add_done_callback(lambda _: gradient.release())
         try:
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
@@ -225,10 +282,16 @@ class Session:
 
     def _is_small(self, gradient: Gradient) -> bool:
         """Whether a push costs less than its hop to a thread, and its kernels are at hand."""
-        if self.arena is None or self.arena.size > SMALL:
+        arena, spec = self.arena, self.spec
+        if arena is None or arena.size > SMALL or len(arena.layout.entries) > FEW:
             return False
-        variant = RULES[self.spec.optimizer.rule].variant(self.hyper)
-        return cpu.ready(variant, self.spec.dtype, gradient.dtype) and reduce.ready(gradient.dtype)
+        if spec.norms or arena.average is not None:
+            return False
+        try:
+            terms = self._terms_of(gradient.control)
+        except ServiceError:
+            return True  # it is refused at once
+        return update.ready(arena, terms, spec.dtype, gradient.dtype)
 
     def _push_once(self, gradient: Gradient, *, hold: bool) -> Program[Outcome]:
         key = gradient.control.key
@@ -237,125 +300,124 @@ class Session:
         try:
             return (yield from self._push(gradient, hold=hold))
         finally:
-            gradient.release()
             if key is not None:
                 self._committing.discard(key)
 
     def _push(self, gradient: Gradient, *, hold: bool) -> Program[Outcome]:
         control = gradient.control
-        self.check_alive()
         arena = self.ready
         known = self.ledger.find(*control.key) if control.key else None
-        if known is None:
-            self.check_base(control)
-        sums: list[Any] = yield [
-            partial(self._examine, gradient, parts=part, mark=index == 0, norm=known is None)
-            for index, part in enumerate(_spread(arena.size))
-        ]
-        mark = sums[0][0]
         if known is not None and control.key is not None:
+            (mark,) = yield [partial(self._digest, gradient)]
             summary = same_push(known, mark, *control.key)
             self.shared.metrics.replay()
             return Outcome(summary, True, arena.versions.hold() if hold else None)
-        norm = math.sqrt(reduce.total(np.concatenate([part for _, part in sums])))
-        if not math.isfinite(norm) and not self._only_large(gradient):
-            self._refuse_nonfinite(arena, gradient)
-            summary = self._summary(control, lr=self._lr(control)[1], norm=None, finite=True)
-            summary = summary._replace(applied=False, skipped="nonfinite")
+        staleness = self.check_base(control)
+        terms = self._terms_of(control)
+        gradient = self._fitted(arena, gradient)
+        parts = update.examining(arena, terms, gradient.flat, gradient.dtype)
+        found = yield [partial(self._digest, gradient), *(thunk for _, thunk in parts)]
+        mark = found[0]
+        sums = update.summed(
+            len(terms), [(index, one) for (index, _), one in zip(parts, found[1:], strict=True)]
+        )
+        scale = control.grad_scale or 1.0
+        moves = update.moves(
+            terms, sums, scale, factor(self.spec.schedule, self.step), self._shrink(staleness)
+        )
+        norm = sums.norm / scale if math.isfinite(sums.norm) else None
+        if norm is None and not self._only_large(arena, terms, gradient):
+            self._refuse_nonfinite(arena, terms, gradient)
+            summary = Summary(
+                *self.at.numbers, False, control.key is not None, staleness, moves[0].lr,
+                None, False, "nonfinite", True, None, None,
+            )  # fmt: skip
             self.shared.metrics.skipped()
             self._admit(control, mark, summary)
             return Outcome(summary, False, arena.versions.hold() if hold else None)
-        return (yield from self._apply(arena, gradient, norm, mark, hold=hold))
-
-    def _apply(
-        self, arena: Arena, gradient: Gradient, norm: float, mark: bytes, *, hold: bool
-    ) -> Program[Outcome]:
-        control = gradient.control
-        stale, lr = self._lr(control)
-        hyper, rule = self.hyper, RULES[self.spec.optimizer.rule]
-        # Everything that may fail (a compiler, an allocation) comes before the first write.
-        loop = cpu.kernel(rule.variant(hyper), self.spec.dtype, gradient.dtype)
-        with np.errstate(over="ignore"):  # a product of hyperparameters may overflow, as in torch
-            coefficients = [
-                np.array(rule.coefficients(hyper, run.updates, lr), self._dtype)
-                for run in arena.runs
-            ]
-        before, after = arena.versions.begin()
+        work = update.prepare(arena, moves, self.spec.dtype, gradient.dtype, gradient.present)
         try:
-            finite = yield [
-                partial(loop, before, after, gradient.flat, arena.state, h, lo, hi)
-                for run, h in zip(arena.runs, coefficients, strict=True)
-                for lo, hi in cpu.chunks(run.lo, run.hi)
-            ]
-        except BaseException as error:
+            before, after = arena.versions.begin()
+            done = yield from update.perform(
+                arena,
+                work,
+                before,
+                after,
+                gradient.flat,
+                decay=None if self.spec.ema is None else self.spec.ema.decay,
+                norms=self.spec.norms,
+            )
+            now = Position(self.epoch, self.version + 1, self.step + 1)
+            summary = Summary(
+                *now.numbers, True, control.key is not None, staleness, moves[0].lr, norm,
+                update.clipped(moves, sums, scale), None, done.finite,
+                done.update_norm, done.param_norm,
+            )  # fmt: skip
+            held = arena.versions.publish(*now, after, hold=hold)
+            self.at = now
+            self._admit(control, mark, summary)
+        except BaseException as error:  # all of it happens, or the session is broken
             self.broken = f"{type(error).__name__} during step {self.step + 1}"
             raise
-        arena.runs = tuple(run._replace(updates=run.updates + 1) for run in arena.runs)
-        self.step += 1
-        self.version += 1
-        summary = self._summary(control, lr=lr, norm=norm, finite=all(finite))._replace(
-            staleness=stale
-        )
-        if not summary.params_finite:
+        if not done.finite:
             self.shared.metrics.nonfinite_params()
-        held = arena.versions.publish(self.epoch, self.version, self.step, after, hold=hold)
-        self._admit(control, mark, summary)
         return Outcome(summary, False, held)
 
-    def _examine(
-        self, gradient: Gradient, *, parts: tuple[int, int], mark: bool, norm: bool
-    ) -> tuple[bytes, Array]:
-        """Sums of squares, and from one part only the digest, which is of the whole vector."""
+    def _fitted(self, arena: Arena, gradient: Gradient) -> Gradient:
+        """The gradient in the layout of now: tensors that a new group brought did not come."""
+        missing = arena.size - gradient.flat.size
+        if gradient.present is not None and len(gradient.present) == len(arena.layout.entries):
+            return gradient
+        if gradient.present is None and not missing:
+            return gradient
+        return transfer.extended(arena, self.spec, gradient)
+
+    def _digest(self, gradient: Gradient) -> bytes:
+        """What tells this push from another; b"" if nobody will ask."""
         control = gradient.control
-        found = b""
-        if mark and control.key is not None:
-            found = digest(gradient.flat, gradient.dtype, self.spec.dtype, control.canonical)
-        if not norm:
-            return found, np.empty(0)
-        return found, reduce.sumsq(gradient.flat, gradient.dtype, *parts)
+        if control.key is None:
+            return b""
+        flat, present = gradient.flat, gradient.present
+        if present is not None:  # what a group added behind a push must not make another push of it
+            last = max(at for at, came in enumerate(present) if came) + 1
+            entries = self.ready.layout.entries
+            flat, present = (
+                flat[: entries[last - 1].offset + entries[last - 1].size],
+                present[:last],
+            )
+        return digest(flat, gradient.dtype, self.spec.dtype, control.canonical, present)
 
-    def _only_large(self, gradient: Gradient) -> bool:
+    def _live(self, arena: Arena, terms: Sequence[Terms]) -> list[tuple[int, int]]:
+        """The stretches of the flat vector that are not frozen."""
+        pairs = zip(arena.groups, terms, strict=True)
+        return [(group.span.lo, group.span.hi) for group, one in pairs if not one.frozen]
+
+    def _only_large(self, arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> bool:
         """Whether squares overflowed though every element is finite: float64 above 1e154."""
-        return gradient.dtype == "F64" and reduce.all_finite(gradient.flat, "F64")
+        return gradient.dtype == "F64" and all(
+            reduce.all_finite(gradient.flat[lo:hi], "F64") for lo, hi in self._live(arena, terms)
+        )
 
-    def _refuse_nonfinite(self, arena: Arena, gradient: Gradient) -> None:
+    def _refuse_nonfinite(self, arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> None:
         if self.spec.on_nonfinite == "skip":
             return
-        at = reduce.first_nonfinite(gradient.flat, gradient.dtype)
-        name, index = arena.layout.name_at(at)
-        raise Nonfinite(
-            f"The gradient of {name!r} is not finite at flat index {index}; nothing was applied. "
-            "Lower the loss scale or the learning rate, or create the session with "
-            "on_nonfinite: skip.",
-            tensor=name,
-            index=index,
-        )
+        for lo, hi in self._live(arena, terms):
+            at = reduce.first_nonfinite(gradient.flat[lo:hi], gradient.dtype)
+            if at < 0:
+                continue
+            name, index = arena.layout.name_at(lo + at)
+            raise Nonfinite(
+                f"The gradient of {name!r} is not finite at flat index {index}; nothing was "
+                "applied. Lower the loss scale or the learning rate, or create the session with "
+                "on_nonfinite: skip.",
+                tensor=name,
+                index=index,
+            )
 
-    def _lr(self, control: PushControl) -> tuple[int, float]:
-        """Staleness, and the learning rate after it."""
-        staleness = self.check_base(control)
-        lr = float(self.spec.optimizer.lr)
-        update = self.spec.update
-        if update.max_staleness is not None and staleness > update.max_staleness:
-            lr /= 1 + staleness
-        return staleness, lr
-
-    def _summary(
-        self, control: PushControl, *, lr: float, norm: float | None, finite: bool
-    ) -> Summary:
-        base = control.base_version
-        return Summary(
-            step=self.step,
-            epoch=self.epoch,
-            version=self.version,
-            applied=True,
-            identified=control.key is not None,
-            staleness=0 if base is None else self.version - base[1],
-            lr=lr,
-            grad_norm=norm if norm is None or math.isfinite(norm) else None,
-            skipped=None,
-            params_finite=finite,
-        )
+    def _shrink(self, staleness: int) -> float:
+        """What the learning rate is divided by (docs/decisions/0005)."""
+        bound = self.spec.update.max_staleness
+        return 1.0 + staleness if bound is not None and staleness > bound else 1.0
 
     def _admit(self, control: PushControl, mark: bytes, summary: Summary) -> None:
         """Ledger, history and metrics of an admitted push."""
@@ -366,6 +428,7 @@ class Session:
             self.shared.metrics.observe_step(self.lane.queued_s, step_s)
         self.history.append(
             Record(
+                number=self.history.count + 1,
                 step=summary.step,
                 epoch=summary.epoch,
                 version=summary.version,
@@ -376,6 +439,9 @@ class Session:
                 loss=control.loss,
                 lr=summary.lr,
                 grad_norm=summary.grad_norm,
+                clipped=summary.clipped,
+                update_norm=summary.update_norm,
+                param_norm=summary.param_norm,
                 staleness=summary.staleness,
                 queued_s=self.lane.queued_s,
                 step_s=step_s,
@@ -391,35 +457,13 @@ class Session:
         Raises:
             VersionPending: `at_least` was not reached in `wait_s` seconds.
         """
-        arena = self.ready
-        target = at_least or (0, 0)
-        reached = (self.epoch, self.version) >= target
-        if reached and (version := arena.versions.hold()) is not None:
-            return version
-        if not reached and wait_s <= 0:
-            raise self._pending(target)
-        future: asyncio.Future[Version] = asyncio.get_running_loop().create_future()
-        waiter = (target, future)
-        self._waiters.append(waiter)
-        patience = wait_s if not reached else self.shared.settings.wait_cap_s
-        try:
-            async with asyncio.timeout(max(patience, 0.001)):
-                return await asyncio.shield(future)
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-            elif future.exception() is None:  # served in the moment in which the wait ended
-                self.release(future.result())
-            if isinstance(error, TimeoutError):
-                raise self._pending(target) from None
-            raise
+        self.ready  # noqa: B018 - refuses a session without parameters
+        cap_s = self.shared.settings.wait_cap_s
+        return await self.waiting.hold(at_least or (0, 0), wait_s, cap_s)
 
     def release(self, version: Version) -> None:
         """Gives a held version back, on the event loop."""
-        assert self.arena is not None
-        self.arena.versions.release(version)
-        if self._waiters:
-            self._wake()
+        self.waiting.release(version)
 
     def _pending(self, target: tuple[int, int]) -> VersionPending:
         return VersionPending(
@@ -429,44 +473,62 @@ class Session:
             version=self.version,
         )
 
-    def _wake(self) -> None:
-        """Serves the pulls that waited; runs on the event loop between two programs."""
-        if not self._waiters:
-            return
-        waiting, self._waiters = self._waiters, []
-        for target, future in waiting:
-            if future.done():
-                continue
-            if self.deleted:
-                future.set_exception(gone(self.id))
-                continue
-            held = None
-            if self.arena is not None and (self.epoch, self.version) >= target:
-                held = self.arena.versions.hold()
-            if held is None:
-                self._waiters.append((target, future))
-            else:
-                future.set_result(held)
-
     def dismiss(self) -> None:
         """Ends the waits of pulls: the server stops, and nothing they wait for will come."""
-        waiting, self._waiters = self._waiters, []
-        for _, future in waiting:
-            if not future.done():
-                future.set_exception(stopping())
+        self.waiting.fail(stopping())
 
     # Everything else that writes
 
-    async def load(self, tensors: Sequence[Tensor], *, first_only: bool) -> None:
+    async def load(
+        self, tensors: Sequence[Tensor], *, first_only: bool, base: Base | None = None
+    ) -> None:
         """Takes parameters: the first upload fixes the layout, a later one may be partial.
 
         Raises:
-            PreconditionFailed: `first_only` and the session has parameters.
+            PreconditionFailed: `first_only` and the session has parameters, or as `check_version`.
             TensorMismatch: Names or shapes that the layout does not have.
             Nonfinite: A value is not finite in the session's dtype.
             InsufficientMemory: The budget has no room for the session.
         """
-        await self.lane.run(self._load(tensors, first_only=first_only))
+        await self.lane.run(transfer.load(self, tensors, first_only=first_only, base=base))
+
+    async def load_state(
+        self,
+        tensors: Sequence[Tensor],
+        step: int,
+        counted: Mapping[str, int],
+        scalars: Mapping[str, Mapping[str, float]],
+        base: Base | None = None,
+    ) -> None:
+        """Replaces the whole optimizer state; the parameters stay. Starts a new epoch.
+
+        Raises:
+            PreconditionFailed: As `check_version`.
+            TensorMismatch: Not exactly the session's `<slot>/<tensor>`, in its dtype and shapes,
+                or counts or scalars that do not name every tensor.
+        """
+        await self.lane.run(transfer.load_state(self, tensors, step, counted, scalars, base))
+
+    async def export_state(self) -> tuple[dict[str, object], list[Piece]]:
+        """A copy of the optimizer state: metadata, and every (slot, tensor)."""
+        return await self.lane.run(transfer.export_state(self))
+
+    async def copy_average(self) -> Version:
+        """A copy of the average of the parameters, as a version of its own.
+
+        Raises:
+            AverageMissing: The session keeps none.
+        """
+        return await self.lane.run(transfer.copy_average(self))
+
+    async def add_group(self, group: Mapping[str, Any], tensors: Sequence[Tensor]) -> bool:
+        """Adds a parameter group with tensors of its own; False if it is there already, alike.
+
+        Raises:
+            SpecDiffers: There is a group of this name, of other fields or tensors.
+            TensorMismatch: A tensor that the session has already.
+        """
+        return await self.lane.run(transfer.add_group(self, group, tensors))
 
     def check_first(self) -> None:
         """Refuses an upload that only the first of several workers may make."""
@@ -477,84 +539,22 @@ class Session:
                 version=self.version,
             )
 
-    def _load(self, tensors: Sequence[Tensor], *, first_only: bool) -> Program[None]:
-        self.check_alive()
-        if not tensors:
-            raise TensorMismatch("The upload holds no tensors; send those of the model.")
-        if first_only:
-            self.check_first()
-        if self.arena is None:
-            arena = self._arena(Layout.of([(n, d, s) for n, d, s, _ in tensors]))
-            fresh = True
-        else:
-            arena, fresh = self.arena, False
-            check_known(arena.layout, tensors)
-        target = arena.versions.fresh()
-        try:
-            if not fresh:
-                target[:] = arena.versions.head.flat
-            yield from self._place(arena.layout, tensors, target)
-            if fresh:
-                self._fill_state(arena)
-                self._compile()
-        except BaseException:
-            arena.versions.drop(target)
-            if fresh:
-                self.shared.budget.release(arena.reserved)
-            raise
-        self.arena = arena
-        if not fresh:
-            self.epoch += 1
-            self.version = 0
-        self.version += 1
-        arena.versions.publish(self.epoch, self.version, self.step, target)
+    def check_version(self, base: Base | None) -> None:
+        """Refuses an upload that was made for another version or, without one, another epoch."""
+        if base is not None and base not in ((self.epoch, self.version), (self.epoch, None)):
+            raise PreconditionFailed(
+                f"Session {self.id!r} is at version {self.epoch}-{self.version}; look what has "
+                "changed and repeat the upload if it still makes sense.",
+                epoch=self.epoch,
+                version=self.version,
+            )
 
-    def _place(self, layout: Layout, tensors: Sequence[Tensor], target: Array) -> Program[None]:
-        """Converts tensors to the master dtype at their places; every value must be finite."""
-        for name, dtype, _, flat in tensors:
-            entry = layout.index[name]
-            into = target[entry.offset : entry.offset + entry.size]
-            yield [
-                partial(convert.convert, flat, dtype, into, self.spec.dtype, lo, hi)
-                for lo, hi in cpu.chunks(0, entry.size)
-            ]
-            at = reduce.first_nonfinite(into, self.spec.dtype)
-            if at >= 0:
-                raise Nonfinite(
-                    f"Parameter {name!r} is not finite in {self.spec.dtype} at flat index {at}; "
-                    "upload finite values (or use dtype F64 for larger ones).",
-                    tensor=name,
-                    index=at,
-                )
-
-    def _arena(self, layout: Layout) -> Arena:
-        """Reserves what a session of this layout needs, then makes it."""
-        hyper = self.hyper
-        slots = RULES[self.spec.optimizer.rule].slots(hyper)
-        flat_bytes = layout.size * self._dtype.itemsize
-        # Two versions (the head and a spare), the state, one gradient in flight.
-        reserved = flat_bytes * (2 + len(slots) + 1)
-        self.shared.budget.reserve(reserved)
-        try:
-            settings = self.shared.settings
-            state = tuple(np.empty(layout.size, self._dtype) for _ in slots)
-            versions = Versions(layout.size, self._dtype, settings.max_versions, self.shared.budget)
-            gradients = Gradients(flat_bytes, self.shared.budget)
-        except BaseException:
-            self.shared.budget.release(reserved)
-            raise
-        runs = (Run(0, layout.size, 0),)
-        return Arena(layout, versions, slots, state, gradients, runs, reserved)
-
-    def _compile(self) -> None:
-        """Loads the kernel now, so that the first push is not the one that waits for it."""
-        rule = RULES[self.spec.optimizer.rule]
-        cpu.kernel(rule.variant(self.hyper), self.spec.dtype, self.spec.dtype)
-        reduce.warm([self.spec.dtype])
-
-    def _fill_state(self, arena: Arena) -> None:
-        for slot, array in zip(arena.slots, arena.state, strict=True):
-            array.fill(slot.initial)
+    def respecify(self, spec: Spec) -> None:
+        """Takes another specification; only for programs of the lane."""
+        if spec != self.spec:
+            self.terms = terms_of(spec)
+            self.spec = spec
+            self.revision += 1
 
     async def patch(self, change: Callable[[Spec], Spec], revision: int | None) -> int:
         """Replaces the specification between two steps; returns the first step it acts on.
@@ -572,11 +572,10 @@ class Session:
                     "again and repeat the change if it still makes sense.",
                     revision=self.revision,
                 )
-            changed = change(self.spec)
-            if changed != self.spec:
-                self.spec = changed
-                self.hyper = changed.optimizer.model_dump()
-                self.revision += 1
+            spec = change(self.spec)
+            if self.arena is not None:
+                update.compile_all(self.arena, terms_of(spec), spec.dtype, norms=spec.norms)
+            self.respecify(spec)
             return self.step + 1
             yield []
 
@@ -584,88 +583,40 @@ class Session:
 
     async def delete(self) -> None:
         """Ends the session: what was admitted runs to its end, everything later is refused."""
-        self.check_deletable()
-        self.deleted = True
-
-        def program() -> Program[None]:
-            if self.arena is not None:
-                arena = self.arena
-                # The two version buffers are the versions' own to give back: readers hold some.
-                kept = 2 * arena.size * self._dtype.itemsize
-                arena.versions.close()
-                arena.state = ()
-                self.shared.budget.release(arena.reserved - kept)
-            return
-            yield []
-
-        await self.lane.run(program())
-
-    def check_deletable(self) -> None:
-        """Refuses a second delete."""
         if self.deleted:
             raise gone(self.id)
+        self.deleted = True
+        await self.lane.run(self._free())
 
-    async def export_state(self) -> tuple[dict[str, str], list[tuple[str, Entry, Array]]]:
-        """A copy of the optimizer state: metadata, and (slot, entry, values) for every array."""
-        arena = self.ready
+    async def abandon(self) -> bool:
+        """Ends a session whose creation failed, unless parameters have come after all."""
 
-        def program() -> Program[tuple[dict[str, Any], tuple[Array, ...]]]:
-            self.check_alive()
-            facts = {
-                "step": self.step,
-                "epoch": self.epoch,
-                "version": self.version,
-                "rule": self.spec.optimizer.rule,
-                "counts": counts(arena),
-            }
-            copies = yield [array.copy for array in arena.state]
-            return facts, tuple(copies)
+        def program() -> Program[bool]:
+            if self.arena is not None or self.deleted:
+                return False
+            self.deleted = True
+            return True
+            yield []
 
-        facts, copies = await self.lane.run(program())
-        pieces = [
-            (slot.name, entry, copy)
-            for slot, copy in zip(arena.slots, copies, strict=True)
-            for entry in arena.layout.entries
-        ]
-        return facts, pieces
+        return await self.lane.run(program())
 
-    async def load_state(
-        self, tensors: Sequence[Tensor], step: int, counted: Mapping[str, int]
-    ) -> None:
-        """Replaces the whole optimizer state; the parameters stay. Starts a new epoch.
-
-        Raises:
-            TensorMismatch: Not exactly the session's `<slot>/<tensor>`, in its dtype and shapes,
-                or counts that do not name every tensor.
-        """
-
-        def program() -> Program[None]:
-            arena = self.ready
-            check_state(arena, self.spec.dtype, tensors, counted)
-            target = arena.versions.fresh()  # may refuse, so it comes before the first write
-            for name, _, _, flat in tensors:
-                slot, _, tensor = name.partition("/")
-                entry = arena.layout.index[tensor]
-                index = [s.name for s in arena.slots].index(slot)
-                arena.state[index][entry.offset : entry.offset + entry.size] = flat
-            arena.runs = runs_of(arena.layout, counted)
-            self.step = step
-            yield [partial(np.copyto, target, arena.versions.head.flat)]
-            self.epoch += 1
-            self.version = 1
-            arena.versions.publish(self.epoch, self.version, self.step, target)
-
-        await self.lane.run(program())
+    def _free(self) -> Program[None]:
+        if self.arena is not None:
+            self.shared.budget.release(transfer.freed(self.arena, self.spec.dtype))
+            self.arena = None  # nothing else may keep the arrays alive
+        return
+        yield []
 
     def bytes(self) -> dict[str, int]:
         """What the session may take of memory, as reserved."""
         if self.arena is None:
             return {"reserved": 0}
-        one = self.arena.size * self._dtype.itemsize
+        size = DTYPES[self.spec.dtype]
+        one = self.arena.size * size
         return {
             "reserved": self.arena.reserved,
             "params": one,
-            "state": one * len(self.arena.slots),
+            "state": sum(array.size for array in self.arena.state) * size,
             "gradient": one,
         }
 
@@ -677,8 +628,3 @@ def gone(name: str) -> SessionGone:
         "epoch.",
         session=name,
     )
-
-
-def _spread(size: int) -> list[tuple[int, int]]:
-    """Parts for reductions: whole blocks of the layout, as the kernels cut them."""
-    return cpu.chunks(0, size)

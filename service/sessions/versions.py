@@ -14,6 +14,7 @@ from service.limits import Budget
 class Version:
     """One published version. `flat` must not be written while `holders` is positive."""
 
+    owner: "Versions"
     epoch: int
     number: int
     step: int
@@ -120,7 +121,7 @@ class Versions:
         """Makes `flat` the head. With `hold`, pins it in the same moment (None: has to wait)."""
         with self._lock:
             old = self._head
-            self._head = Version(epoch, number, step, flat)
+            self._head = Version(self, epoch, number, step, flat)
             self._in_place = False
             if old is not None and old.holders == 0 and old.flat is not flat:
                 self._spares.append(old.flat)

@@ -8,6 +8,7 @@ from service.wire.reader import MAX_DIMS, SHOWN, EntryLike, LayoutLike, clipped,
 
 Shape = tuple[int, ...]
 Same = Callable[[EntryLike, Shape], bool]
+MayMiss = Callable[[EntryLike], bool]
 
 
 def same_shape(entry: EntryLike, shape: Shape) -> bool:
@@ -15,13 +16,24 @@ def same_shape(entry: EntryLike, shape: Shape) -> bool:
     return entry.shape == shape
 
 
-def check_whole(layout: LayoutLike, came: Mapping[str, Shape], same: Same = same_shape) -> None:
-    """Requires every tensor of the layout, in its shape, and no other.
+def none_missing(entry: EntryLike) -> bool:
+    """Says that every tensor must come."""
+    return False
+
+
+def check_whole(
+    layout: LayoutLike,
+    came: Mapping[str, Shape],
+    same: Same = same_shape,
+    may_miss: MayMiss = none_missing,
+) -> None:
+    """Requires every tensor of the layout that must come, in its shape, and no other.
 
     Args:
         layout: The session's tensors.
         came: Shapes by name, as they came.
         same: Decides whether a shape fits.
+        may_miss: Tells which tensors may be left out.
 
     Raises:
         TensorMismatch: Names missing, unexpected or misshapen, all of them at once.
@@ -43,9 +55,16 @@ def check_whole(layout: LayoutLike, came: Mapping[str, Shape], same: Same = same
             misshapen.append(name)
     missing = []
     if unexpected or len(came) < len(index):
-        missing = [name for name in index if name not in came]
+        missing = [n for n, entry in index.items() if n not in came and not may_miss(entry)]
     if unexpected or missing or misshapen:
         raise _mismatch(index, came, missing, unexpected, misshapen)
+
+
+def presence(layout: LayoutLike, came: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """For each entry of the layout, whether it came; None: all did."""
+    if len(came) == len(layout.entries):
+        return None
+    return tuple(entry.name in came for entry in layout.entries)
 
 
 def select(layout: LayoutLike, names: Iterable[str] | None) -> Sequence[EntryLike]:

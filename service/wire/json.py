@@ -19,15 +19,15 @@ import numpy as np
 from gradpost.protocol import SAFETENSORS
 from gradpost.protocol.dtypes import NUMPY, from_bf16
 from service.errors import BodyTooLarge, InvalidJson, InvalidTensors, Nonfinite, NotAcceptable
-from service.wire.fit import check_whole, select
+from service.wire.fit import MayMiss, check_whole, none_missing, select
 from service.wire.reader import MAX_DIMS, EntryLike, Flat, LayoutLike
 
 MAX_DEPTH = 64
 """Nesting of a document, objects and lists together."""
 MAX_ELEMENTS = 100_000
-"""Numbers in one body, either way."""
+"""Numbers in one body, either way, where the caller has no other limit."""
 MAX_BYTES = 4 << 20
-"""Bytes of one body, either way."""
+"""Bytes of one answer, where the caller has no other limit."""
 MAX_NAME = 1024
 """Characters of a tensor's name."""
 
@@ -104,18 +104,23 @@ def tensors(obj: object, master: str, limit: int = MAX_ELEMENTS) -> list[Tensor]
     return read
 
 
-def fill(layout: LayoutLike, came: Sequence[Tensor], dest: Flat) -> None:
-    """Puts a whole set of tensors into a flat vector, in layout order.
+def fill(
+    layout: LayoutLike, came: Sequence[Tensor], dest: Flat, may_miss: MayMiss = none_missing
+) -> None:
+    """Puts a set of tensors into a flat vector, in layout order; zeros where none came.
 
     Args:
-        layout: The session's tensors; all of them must have come, in their shapes.
+        layout: The session's tensors; those that came must have their shapes.
         came: As `tensors` gives it.
         dest: master[layout.size], written in place once everything has been checked.
+        may_miss: Tells which tensors may be left out.
 
     Raises:
         TensorMismatch: Missing, unexpected or misshapen tensors.
     """
-    check_whole(layout, {name: shape for name, shape, _ in came}, fits)
+    check_whole(layout, {name: shape for name, shape, _ in came}, fits, may_miss)
+    if len(came) < len(layout.entries):
+        dest[:] = 0
     for name, _, values in came:
         entry = layout.index[name]
         dest[entry.offset : entry.offset + entry.size] = values
@@ -134,35 +139,53 @@ def fits(entry: EntryLike, shape: tuple[int, ...]) -> bool:
     return shape in ((0,), entry.shape[: entry.shape.index(0) + 1])
 
 
-def render(layout: LayoutLike, flat: Flat, names: Iterable[str] | None = None) -> bytes:
+def render(
+    layout: LayoutLike,
+    flat: Flat,
+    names: Iterable[str] | None = None,
+    *,
+    max_elements: int = MAX_ELEMENTS,
+    max_bytes: int = MAX_BYTES,
+) -> bytes:
     """The named tensors (all: None) as a JSON object of nested lists, in layout order.
 
     Args:
         layout: Where the tensors lie.
         flat: The vector: float64, float32, float16, or uint16 for BF16.
         names: Which tensors.
+        max_elements: Numbers that they may hold.
+        max_bytes: Bytes that the object may have.
 
     Raises:
         TensorMismatch: A name that the session does not have.
-        NotAcceptable: More than 100,000 numbers or 4 MiB, or a value that is not finite.
+        NotAcceptable: As `render_tensors`.
     """
     return render_tensors(
-        [(e.name, e.shape, flat[e.offset : e.offset + e.size]) for e in select(layout, names)]
+        [(e.name, e.shape, flat[e.offset : e.offset + e.size]) for e in select(layout, names)],
+        max_elements=max_elements,
+        max_bytes=max_bytes,
     )
 
 
-def render_tensors(pieces: Sequence[Tensor]) -> bytes:
+def render_tensors(
+    pieces: Sequence[Tensor], *, max_elements: int = MAX_ELEMENTS, max_bytes: int = MAX_BYTES
+) -> bytes:
     """Tensors as a JSON object of nested lists; each may have its own dtype (BF16 as uint16).
 
+    Args:
+        pieces: The tensors.
+        max_elements: Numbers that they may hold.
+        max_bytes: Bytes that the object may have.
+
     Raises:
-        NotAcceptable: More than 100,000 numbers or 4 MiB, or a value that is not finite.
+        NotAcceptable: More numbers or bytes than that, or a value that is not finite.
     """
-    _check_small(pieces)
+    _check_small(pieces, max_elements)
     said = (f"{json.dumps(name)}:{_nested(name, shape, flat)}" for name, shape, flat in pieces)
     body = ("{" + ",".join(said) + "}").encode("ascii")
-    if len(body) > MAX_BYTES:
+    if len(body) > max_bytes:
         raise NotAcceptable(
-            f"As JSON this answer has {len(body)} bytes, above {MAX_BYTES}; ask for it with "
+            f"As JSON this answer has {len(body)} bytes, above {max_bytes}; ask for it with "
             f"'Accept: {SAFETENSORS}'.",
             available=[SAFETENSORS],
         )
@@ -306,16 +329,16 @@ def _too_large(name: str, position: int, master: str) -> Nonfinite:
     )
 
 
-def _check_small(pieces: Iterable[Tensor]) -> None:
+def _check_small(pieces: Iterable[Tensor], limit: int) -> None:
     """Refuses to write what is too long for JSON, before a character of it is made."""
     count = 0
     for _, shape, flat in pieces:
         # Lists count like numbers: a shape (10**18, 0) has no elements and that many lists.
         count += max(flat.size, *(prod(shape[:k]) for k in range(1, len(shape))), 0)
-    if count > MAX_ELEMENTS:
+    if count > limit:
         raise NotAcceptable(
-            f"JSON answers hold at most {MAX_ELEMENTS} numbers and this one has {count}; ask for "
-            f"it with 'Accept: {SAFETENSORS}'.",
+            f"JSON answers hold at most {limit} numbers and this one has {count}; ask for it with "
+            f"'Accept: {SAFETENSORS}'.",
             available=[SAFETENSORS],
         )
 

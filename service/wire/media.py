@@ -15,6 +15,8 @@ Kind = Literal["safetensors", "raw", "json"]
 
 KINDS: dict[str, Kind] = {SAFETENSORS: "safetensors", OCTET: "raw", JSON: "json"}
 TYPES: dict[Kind, str] = {kind: name for name, kind in KINDS.items()}
+MAX_RANGES = 32
+"""Ranges of an Accept header that are read."""
 _NAMES = ", ".join(DTYPES)
 _FORMS = f"{SAFETENSORS}, '{OCTET}; dtype=F32' (or another of {_NAMES}) or {JSON}"
 _ASKABLE = frozenset({*DTYPES, "model"})  # model: each tensor as it was uploaded
@@ -102,7 +104,7 @@ def choose_accept(value: str | None) -> Media:
 
     The highest q wins, then the form that was named most specifically, then the one named first.
     A `dtype` parameter on a tensor type (F64, F32, F16, BF16, or `model`) is carried along. JSON
-    is what `*/*`, or no header, gives.
+    is what `*/*`, or no header, gives. Ranges after the 32nd are not read.
 
     Raises:
         NotAcceptable: No form that we have is acceptable.
@@ -148,7 +150,7 @@ def _rank(media: Media, ranges: list[_Range]) -> tuple[float, int, int]:
 
 def _ranges(value: str) -> Iterator[_Range]:
     """The media ranges of an Accept header; a malformed q counts as 0."""
-    for item in value.split(","):
+    for item in value.split(",", MAX_RANGES)[:MAX_RANGES]:
         if not item.strip():
             continue
         name, parameters = _split(item)

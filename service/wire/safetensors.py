@@ -26,7 +26,7 @@ from gradpost.protocol.tensors import (
     parse_header,
 )
 from service.errors import InvalidTensors, TensorMismatch
-from service.wire.fit import check_whole, select
+from service.wire.fit import MayMiss, check_whole, none_missing, select
 from service.wire.reader import (
     MAX_DIMS,
     SHOWN,
@@ -107,6 +107,11 @@ class SafetensorsReader:
         return self._header.tensors[0].dtype
 
     @property
+    def names(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name; only after the header has arrived."""
+        return {tensor.name: tensor for tensor in self.header.tensors}
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         """`__metadata__`; empty before the header."""
         return {} if self._header is None else self._header.metadata
@@ -180,15 +185,22 @@ class SafetensorsReader:
 
 
 def grads_reader(
-    layout: LayoutLike, master: str, length: int, acquire: Acquire
+    layout: LayoutLike,
+    master: str,
+    length: int,
+    acquire: Acquire,
+    may_miss: MayMiss = none_missing,
 ) -> SafetensorsReader:
     """A reader of one gradient, which goes to layout order whatever order it comes in.
 
+    Where tensors do not come, the vector is filled with zeros.
+
     Args:
-        layout: The session's tensors; all of them must come, in their shapes, in one dtype.
+        layout: The session's tensors; they come in their shapes, in one dtype.
         master: The session's dtype, "F32" or "F64"; the gradient may be no wider.
         length: Bytes of the body.
         acquire: Called once, with the dtype, when the header is found sound.
+        may_miss: Tells which tensors may be left out.
 
     Raises:
         InvalidTensors: The body is too short to be safetensors.
@@ -196,9 +208,13 @@ def grads_reader(
 
     def place(header: Header) -> Scatter:
         dtype = _one_dtype(header.tensors)
-        check_whole(layout, {tensor.name: tensor.shape for tensor in header.tensors})
+        came = {tensor.name: tensor.shape for tensor in header.tensors}
+        check_whole(layout, came, may_miss=may_miss)
         check_width(dtype, master)
-        return Scatter(acquire(dtype), _stretches(layout, header.tensors, DTYPES[dtype]))
+        target = acquire(dtype)
+        if len(came) < len(layout.entries):
+            _clear(layout, came, target, DTYPES[dtype])
+        return Scatter(target, _stretches(layout, header.tensors, DTYPES[dtype]))
 
     return SafetensorsReader(length, place)
 
@@ -300,6 +316,13 @@ def _one_dtype(tensors: Sequence[TensorInfo]) -> str:
             names=clipped(odd[:SHOWN]),
         )
     return found[0]
+
+
+def _clear(layout: LayoutLike, came: Mapping[str, object], target: Bytes, itemsize: int) -> None:
+    """Fills the places of tensors that do not come with zeros."""
+    for entry in layout.entries:
+        if entry.name not in came:
+            target[entry.offset * itemsize : (entry.offset + entry.size) * itemsize] = 0
 
 
 def _stretches(

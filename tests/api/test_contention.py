@@ -59,7 +59,7 @@ def test_a_pull_waits_for_its_version(api):
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(api.call, "GET", path, prefer="wait=2")
         session = api.app.state.sessions.get("m")
-        while not session._waiters and not waiting.done():
+        while not len(session.waiting) and not waiting.done():
             threading.Event().wait(0.001)
         assert api.push().status == 200
         assert waiting.result().json["version"] == 2

@@ -170,7 +170,7 @@ class Sessions(RuleBasedStateMachine):
             "step": model.step, "epoch": model.epoch, "version": model.version,
             "applied": True, "replayed": False, "identified": worker is not None,
             "staleness": staleness, "lr": model.lr, "clipped": False, "skipped": None,
-            "params_finite": True, "round": None,
+            "params_finite": True, "update_norm": None, "param_norm": None, "round": None,
         }  # fmt: skip
         if worker is not None:
             push.summary = reply.json

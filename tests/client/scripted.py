@@ -16,8 +16,11 @@ SUMMARY = {
     "staleness": 0,
     "lr": 0.001,
     "grad_norm": 1.0,
+    "clipped": False,
     "skipped": None,
     "params_finite": True,
+    "update_norm": None,
+    "param_norm": None,
 }
 
 

@@ -82,3 +82,30 @@ def test_errors_pickle_and_copy(one):
             assert (twin.status, twin.problem, twin.retry_after_s) == (409, error.problem, 2.0)
         if isinstance(error, DeadlineExceeded):
             assert str(twin.last) == "no"
+
+
+def test_a_kept_push_pickles():
+    error = DeadlineExceeded("No answer.", TransportError("no"))
+    assert error.retryable
+    error.keep(7)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert twin.kept == 7
+        assert not twin.retryable
+        assert str(twin) == str(error)
+        assert str(twin).startswith("No answer. Push 7 may have been applied")
+
+
+UNTOLD = {"key-missing", "key-required", "key-wrong", "origin-refused"}
+
+
+@pytest.mark.parametrize("slug", list(PROBLEMS))
+def test_which_refusals_settle_a_push(slug):
+    status = SERVED[slug].status
+    settles = errors.refusal(status, document(slug)).settles
+    assert settles is (status < 500 and slug not in UNTOLD)
+
+
+def test_a_refusal_of_somebody_else_settles_nothing():
+    assert errors.refusal(409, document("round-closed")).settles  # of a newer server
+    for problem in ({}, {"type": "about:blank"}, {"type": None}):
+        assert not errors.refusal(403, problem).settles

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import uuid
 
 import ml_dtypes
@@ -211,6 +212,7 @@ def test_a_closed_session_says_so(server):
         trainer.history,
         lambda: trainer.push(GRADS),
         lambda: trainer.push_pull(GRADS),
+        trainer.settle,
         lambda: trainer.push_async(GRADS),
         lambda: trainer.push_pull_async(GRADS),
         lambda: trainer.set_params(PARAMS),
@@ -220,6 +222,38 @@ def test_a_closed_session_says_so(server):
             call()
     with Session.attach(server, trainer.id) as again:
         same(again.pull(), PARAMS)
+
+
+def test_only_its_own_background_outlives_the_close(server):
+    """Another session's thread is as closed out as everybody else."""
+    with make(server) as other:
+        trainer = make(server)
+        trainer.close()
+        for call in (trainer.info, trainer.pull, lambda: trainer.push(GRADS)):
+            with pytest.raises(ClosedError, match="attach again"):
+                other._later(call).result(60)
+        assert other.push_async(GRADS).result(60).step == 1
+
+
+def test_a_callback_after_the_close_is_closed_out(server):
+    """It runs in the session's thread, but nobody handed it in before."""
+    found = []
+
+    def wait():
+        while not trainer._closed:
+            time.sleep(0.001)
+        return trainer.push(GRADS)
+
+    def call(future):
+        with pytest.raises(ClosedError) as caught:
+            trainer.push(GRADS)
+        found.append(caught.value)
+
+    with make(server) as trainer:
+        future = trainer._later(wait)
+        future.add_done_callback(call)
+    assert future.result(0).step == 1
+    assert len(found) == 1
 
 
 def test_state_goes_to_another_session_and_back(server):

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
 
 from service.answers import TensorAnswer
-from service.connection import ConnectionLimits, body, connection_class
+from service.connection import EXTENSION, Connection, ConnectionLimits, body, connection_class
 from service.errors import StaleGradient, install
 
 LIMITS = ConnectionLimits(
@@ -40,6 +40,8 @@ class Seen:
     released: int = 0
     disconnects: int = 0
     bytes: int = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    connections: list[Connection] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -58,6 +60,7 @@ def make_app(seen: Seen) -> FastAPI:
             seen.disconnects += 1
             return Response(status_code=400)
         seen.bytes = size
+        seen.headers = list(request.headers.raw)
         return Response(json.dumps({"size": size}), media_type="application/json")
 
     @app.post("/refuse")
@@ -71,8 +74,10 @@ def make_app(seen: Seen) -> FastAPI:
         raise StaleGradient("refused early")
 
     @app.get("/slow")
-    async def slow() -> Response:
-        await asyncio.sleep(1.2)
+    async def slow(request: Request, seconds: float = 1.2) -> Response:
+        seen.requests += 1
+        seen.connections.append(request.scope["extensions"][EXTENSION])
+        await asyncio.sleep(seconds)
         return Response("slow")
 
     @app.get("/arena")

@@ -21,9 +21,9 @@ class FakeConnection:
         self.transport = Transport()
 
 
-def run(answer, send, connection=None, method="GET"):
+def run(answer, send, connection=None):
     extensions = {EXTENSION: connection} if connection else {}
-    asyncio.run(answer({"method": method, "extensions": extensions}, None, send))
+    asyncio.run(answer({"extensions": extensions}, None, send))
 
 
 @pytest.fixture
@@ -65,17 +65,6 @@ def test_parts_go_out_as_views_then_an_empty_last_message():
     assert [part["more_body"] for part in parts] == [True, True, False]
     assert np.shares_memory(np.frombuffer(parts[1]["body"], np.uint8), values)
     assert released == [4]  # after the last message, once
-
-
-def test_head_sends_no_bytes_and_releases():
-    sent, released = [], []
-    answer = TensorAnswer([b"abc"], 200, {}, lambda: released.append(1))
-
-    async def send(message):
-        sent.append(message.get("body"))
-
-    run(answer, send, method="HEAD")
-    assert (sent, released) == ([None, b""], [1])
 
 
 @pytest.mark.usefixtures("uncopied")

@@ -10,58 +10,10 @@ import time
 import pytest
 import urllib3
 
+from .sockets import connect, eventually, read_all, read_answer, recv_until_closed
+
 MB = 1 << 20
 BODY = bytes(40 * MB)
-
-
-def connect(server):
-    return socket.create_connection(("127.0.0.1", server.port), timeout=20)
-
-
-def recv_until_closed(sock):
-    """Everything until the server ends the connection, by close or reset; a timeout fails."""
-    got = b""
-    try:
-        while piece := sock.recv(65536):
-            got += piece
-    except ConnectionResetError:
-        pass
-    return got
-
-
-def read_all(sock, pause_s=0.0, reader=None):
-    """Status and body of one answer, by its Content-Length, read slowly."""
-    reader = reader or sock.makefile("rb", buffering=0)
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        piece = reader.read(1)
-        if not piece:
-            raise EOFError(head)
-        head += piece
-    length = next(
-        int(line.split(b":")[1])
-        for line in head.lower().split(b"\r\n")
-        if line.startswith(b"content-length")
-    )
-    data = bytearray()
-    while len(data) < length:
-        piece = reader.read(min(length - len(data), 1 << 18))
-        if not piece:
-            raise EOFError(f"{len(data)} of {length}")
-        data += piece
-        time.sleep(pause_s)
-    return int(head.split()[1]), bytes(data)
-
-
-def read_answer(sock, reader=None):
-    return read_all(sock, 0.0, reader)
-
-
-def eventually(true, within_s=20.0):
-    deadline = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- silence
@@ -317,18 +269,18 @@ def test_a_slow_reader_gets_untorn_bytes(serve):
 @pytest.mark.parametrize("nbytes", [5_000, 30_000, 60_000])
 def test_small_answers_behind_a_full_socket_are_untorn(serve, nbytes):
     # Below uvicorn's 64 KiB mark nothing waits by default: the last answers would tear.
-    server, count = serve(), 12_000_000 // nbytes
+    server, sizes = serve(), [12_000_000, *[nbytes] * 60]
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(20)
         sock.connect(("127.0.0.1", server.port))
-        sock.sendall(arena(nbytes) * count)
+        sock.sendall(b"".join(map(arena, sizes)))
         time.sleep(0.4)
         with sock.makefile("rb") as reader:
-            for _ in range(count):
+            for size in sizes:
                 status, data = read_all(sock, 0.0, reader)
-                assert (status, data.count(7)) == (200, nbytes)
-    eventually(lambda: server.seen.released == count)
+                assert (status, data.count(7)) == (200, size)
+    eventually(lambda: server.seen.released == len(sizes))
 
 
 def test_a_stalled_reader_is_cut_and_the_buffer_released(serve):

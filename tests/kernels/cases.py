@@ -16,8 +16,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "momentum": 0, "centered": False,
     },
     "adadelta": {"lr": 1.0, "rho": 0.9, "eps": 1e-6},
-    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
-    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
+    "adam": {
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False,
+        "decoupled_weight_decay": False, "bias_correction": True,
+    },
+    "adamw": {
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "bias_correction": True,
+    },
+    "adamax": {"lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8},
+    "nadam": {
+        "lr": 2e-3, "betas": (0.9, 0.999), "eps": 1e-8, "momentum_decay": 4e-3,
+        "decoupled_weight_decay": False,
+    },
+    "radam": {
+        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "decoupled_weight_decay": False,
+    },
+    "asgd": {"lr": 0.01, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6},
+    "rprop": {"lr": 0.01, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)},
+    "lion": {"lr": 1e-4, "betas": (0.9, 0.99)},
+    "yogi": {
+        "lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-3, "initial_accumulator_value": 1e-6,
+        "bias_correction": False,
+    },
 }  # fmt: skip
 COMMON: dict[str, list[dict[str, Any]]] = {
     rule: [{}, {"weight_decay": 0.1}, {"maximize": True}, {"maximize": True, "weight_decay": 0.1}]
@@ -38,8 +58,34 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps_inside_sqrt": False},
     ],
     "adadelta": [{"rho": 0.95, "eps": 1e-3, "lr": 0.1}],
-    "adam": [{"amsgrad": True}, {"amsgrad": True, "weight_decay": 0.1}, {"betas": (0.0, 0.9)}],
-    "adamw": [{"amsgrad": True}, {"weight_decay": 0.0}, {"lr": 0.1, "eps": 1e-3}],
+    "adam": [
+        {"amsgrad": True, "weight_decay": 0.1},
+        {"amsgrad": True, "bias_correction": False},
+        {"betas": (0.0, 0.9)},
+        {"bias_correction": False, "eps": 1e-3},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    ],
+    "adamw": [
+        {"amsgrad": True},
+        {"weight_decay": 0.0},
+        {"lr": 0.1, "eps": 1e-3},
+        {"bias_correction": False},
+    ],
+    "adamax": [{"betas": (0.5, 0.6), "eps": 1e-3}, {"betas": (0.0, 0.0)}],
+    "nadam": [
+        {"momentum_decay": 0.5},
+        {"betas": (0.0, 0.0), "momentum_decay": 0},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    ],
+    "radam": [
+        {"betas": (0.5, 0.9)},
+        {"betas": (0.0, 0.0)},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+    ],
+    "asgd": [{"lambd": 0.1, "alpha": 0.5, "lr": 0.1}, {"t0": 2}, {"t0": 0, "lambd": 0}],
+    "rprop": [{"etas": (0.1, 3.0)}, {"step_sizes": (0.009, 0.011)}, {"lr": 100}],
+    "lion": [{"betas": (0.0, 0.5), "weight_decay": 0.5}],
+    "yogi": [{"bias_correction": True}, {"betas": (0.5, 0.5), "initial_accumulator_value": 1.0}],
 }
 CASES = [(rule, extra) for rule in DEFAULTS for extra in COMMON[rule] + OPTIONS[rule]]
 
@@ -69,12 +115,25 @@ def decode(wire: np.ndarray, dtype: str) -> np.ndarray:
     return out
 
 
+def scalars(rule: str, h: dict[str, Any], count: int) -> tuple[float, ...]:
+    """The scalars before update count, from 0; the lr has never changed."""
+    entry, lr = RULES[rule], float(h["lr"])
+    values = entry.start(h, lr)
+    for done in range(count if entry.scalars else 0):
+        values = entry.advance(h, done, lr, values)
+    return values
+
+
 def coefficients(rule: str, h: dict[str, Any], count: int, master: str) -> np.ndarray:
-    return np.array(RULES[rule].coefficients(h, count, float(h["lr"])), NUMPY[master])
+    values = RULES[rule].coefficients(h, count, float(h["lr"]), scalars(rule, h, count))
+    return np.array(values, NUMPY[master])
 
 
 def slots(rule: str, h: dict[str, Any], size: int, master: str) -> tuple[np.ndarray, ...]:
-    return tuple(np.full(size, slot.initial, NUMPY[master]) for slot in RULES[rule].slots(h))
+    return tuple(
+        np.full(size, h["lr"] if slot.initial is None else slot.initial, NUMPY[master])
+        for slot in RULES[rule].slots(h)
+    )
 
 
 def names(rule: str, h: dict[str, Any]) -> list[str]:

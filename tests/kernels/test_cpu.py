@@ -1,3 +1,4 @@
+import json
 import threading
 from itertools import pairwise
 
@@ -32,8 +33,11 @@ def test_every_variant_is_covered_and_declared():
     for rule, extra in cases.CASES:
         h = cases.hyper(rule, **extra)
         variant = RULES[rule].variant(h)
-        assert len(RULES[rule].coefficients(h, 0, 0.1)) == COEFFICIENTS[variant]
-        assert len(RULES[rule].slots(h)) == cpu.slot_count(variant)
+        scalars = RULES[rule].start(h, 0.1)
+        assert len(scalars) == len(RULES[rule].scalars) <= 2
+        assert len(RULES[rule].advance(h, 0, 0.1, scalars)) == len(scalars)
+        assert len(RULES[rule].coefficients(h, 0, 0.1, scalars)) == COEFFICIENTS[variant]
+        assert len(RULES[rule].slots(h)) == cpu.slot_count(variant) <= 3
 
 
 @pytest.mark.parametrize(("master", "grad"), cases.PAIRS)
@@ -49,6 +53,54 @@ def test_bits_equal_the_undecorated_rule(variant, master, grad):
     run(p, p, g, state, h, 100, 257)
     for ours, theirs in zip((p, *state), zip(*want, strict=True), strict=True):
         assert ours.tobytes() == np.array(theirs, kind).tobytes()
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-30, 3e38, np.inf, -np.inf, np.nan, 1.0]
+
+
+@pytest.mark.parametrize("rule", ["rprop", "lion", "yogi"])
+def test_signs_of_special_values_equal_the_undecorated_rule(rule):
+    h = cases.hyper(rule)
+    g, last = (x.ravel().astype(np.float32) for x in np.meshgrid(SPECIAL, SPECIAL))
+    size = g.size
+    state = tuple(np.full(size, 0.5, np.float32) for _ in RULES[rule].slots(h))
+    state[0][:] = last
+    p, c = np.ones(size, np.float32), cases.coefficients(rule, h, 3, "F32")
+    with np.errstate(all="ignore"):
+        want = [
+            rules.VARIANTS[rule](p[i], g[i], *(s[i] for s in state), tuple(c)) for i in range(size)
+        ]
+    cases.kernel(rule, h, "F32", "F32")(p, p, g, state, c, 0, size)
+    for ours, theirs in zip((p, *state), zip(*want, strict=True), strict=True):
+        np.testing.assert_array_equal(ours, np.array(theirs, np.float32))
+
+
+@pytest.mark.parametrize("rule", cases.DEFAULTS)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(rule):
+    h = cases.hyper(rule, **({"t0": 2} if rule == "asgd" else {}))
+    entry, lr, size = RULES[rule], float(h["lr"]), 257
+    rng = np.random.default_rng(5)
+    grads = rng.standard_normal((8, size)).astype(np.float32)
+    run = cases.kernel(rule, h, "F32", "F32")
+
+    def advance(p, state, scalars, steps):
+        for count in steps:
+            c = np.array(entry.coefficients(h, count, lr, scalars), np.float32)
+            run(p, p, grads[count], state, c, 0, size)
+            scalars = entry.advance(h, count, lr, scalars)
+        return p, state, scalars
+
+    def begin():
+        return np.ones(size, np.float32), cases.slots(rule, h, size, "F32"), entry.start(h, lr)
+
+    def saved(p, state, scalars):
+        return [array.tobytes() for array in (p, *state)], json.dumps(scalars)
+
+    whole = saved(*advance(*begin(), range(8)))
+    (first, *rest), scalars = saved(*advance(*begin(), range(3)))
+    arrays = [np.frombuffer(raw, np.float32).copy() for raw in (first, *rest)]
+    again = advance(arrays[0], tuple(arrays[1:]), tuple(json.loads(scalars)), range(3, 8))
+    assert saved(*again) == whole
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -170,9 +222,9 @@ def test_concurrent_first_uses_compile_once(monkeypatch):
     made = []
     real = cpu.Kernel
 
-    def counting(*key):
+    def counting(*key, **more):
         made.append(key)
-        return real(*key)
+        return real(*key, **more)
 
     monkeypatch.setattr(cpu, "Kernel", counting)
     monkeypatch.setattr(cpu, "_kernels", {})

@@ -26,6 +26,8 @@ def test_equals_torch(index, master, tolerance):
         run(p, p, g, state, cases.coefficients(config["rule"], h, count, master), 0, p.size)
         want = GOLDEN[f"{index}/params"][count]
         np.testing.assert_allclose(p, want, rtol=tolerance, atol=tolerance)
+    scalars = cases.scalars(config["rule"], h, len(GOLDEN["grads"]))
+    assert scalars == pytest.approx([*config["scalars"].values()], rel=1e-14)
     for name, ours in zip(cases.names(config["rule"], h), state, strict=True):
         want = GOLDEN[f"{index}/{name}"]
         np.testing.assert_allclose(ours, want, rtol=50 * tolerance, atol=tolerance * want.max())
@@ -33,4 +35,5 @@ def test_equals_torch(index, master, tolerance):
 
 def test_says_which_torch_made_them():
     assert ABOUT["torch"] == "2.13.0"
-    assert {config["rule"] for config in ABOUT["configs"]} == set(cases.DEFAULTS) - {"momentum"}
+    without = {"momentum", "lion", "yogi"}  # rules that torch lacks
+    assert {config["rule"] for config in ABOUT["configs"]} == set(cases.DEFAULTS) - without

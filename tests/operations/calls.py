@@ -70,6 +70,7 @@ class Site:
         client: tuple[str, int] | None = ("127.0.0.1", 4000),
         server: tuple[str, int | None] | None = ("127.0.0.1", 8000),
         query: bytes = b"",
+        also: tuple[tuple[str, str], ...] = (),
     ) -> Answer:
         raw = {"host": "127.0.0.1:8000", **{k.lower(): v for k, v in (headers or {}).items()}}
         scope = {
@@ -82,7 +83,7 @@ class Site:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": query,
-            "headers": [(k.encode(), v.encode("latin-1")) for k, v in raw.items()],
+            "headers": [(k.encode(), v.encode("latin-1")) for k, v in (*raw.items(), *also)],
             "client": client,
             "server": server,
         }

@@ -39,12 +39,35 @@ def test_a_unix_socket_peer_is_local_but_a_vanished_tcp_peer_is_not():
     assert site.call("POST", STEP, client=None, server=("0.0.0.0", 8000)).slug == "key-required"
 
 
-@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "X-Real-Ip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("X-Forwarded-For", "Forwarded", "X-Real-Ip", "Via"),
+        *("X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Client-Cert"),
+    ],
+)
 def test_forwarding_headers_never_make_a_caller_local(name):
     site = Site()
     assert site.call("POST", STEP, client=FAR, headers={name: "127.0.0.1"}).status == 403
     # A proxy on this machine speaks for somebody else.
     assert site.call("POST", STEP, headers={name: "127.0.0.1"}).slug == "key-required"
+
+
+@pytest.mark.parametrize("name", ["Host", "Authorization", "Origin"])
+@pytest.mark.parametrize("settings", [{}, {"api_key": SECRET}])
+def test_what_decides_is_sent_once(settings, name):
+    first = {"Host": "localhost", "Origin": "http://localhost:8000", **KEY}[name]
+    for second in (first, "evil.example", ""):
+        answer = Site(**settings).call(
+            "POST", STEP, headers={**KEY, name: second}, also=((name.lower(), first),)
+        )
+        assert (answer.status, answer.slug) == (400, "bad-request")
+        assert name in answer.json()["detail"]
+
+
+def test_other_headers_may_be_repeated():
+    answer = Site().call("POST", STEP, headers={"Accept": "a/b"}, also=(("accept", "c/d"),))
+    assert answer.status == 200
 
 
 def test_a_key_is_required_from_everyone():
@@ -138,7 +161,8 @@ def test_a_preflight_is_answered_without_a_key():
     headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     answer = site.call("OPTIONS", STEP, headers=headers)
     assert answer.status == 204
-    assert "POST" in answer.header("access-control-allow-methods")
+    methods = answer.header("access-control-allow-methods").split(", ")
+    assert methods == ["GET", "POST", "PUT", "PATCH", "DELETE"]  # HEAD is 405
     assert "Authorization" in answer.header("access-control-allow-headers")
     headers["Origin"] = "https://evil.example"
     assert site.call("OPTIONS", STEP, headers=headers).slug == "origin-refused"

@@ -1,9 +1,11 @@
 """The process: what it prints, how it stops, what the health command says."""
 
 import http.client
+import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from service.__main__ import main
+from service.warm import combinations
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
@@ -73,15 +76,29 @@ def test_a_unix_socket_serves_and_a_stale_one_is_replaced(tmp_path):
     path = str(tmp_path / "g.sock")
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
-    with server("--uds", path) as (process, line):
+    with server("--uds", path, GRADPOST_UDS_MODE="660") as (process, line):
         assert line == f"gradpost listens on unix:{path}"
         assert healthy("--uds", path)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o660
         with server("--uds", path) as (second, _):
             assert second.wait(PATIENCE_S) == 1
             assert "already" in second.stderr.read()
         assert healthy("--uds", path)
         stop(process)
         assert process.returncode == 0
+        assert not os.path.exists(path)
+
+
+def test_the_log_tells_of_start_and_stop_and_of_settings_that_are_none():
+    with server("--port", "0", GRADPOST_PRT="1", GRADPOST_API_KEY="secret") as (process, line):
+        assert healthy("--port", str(port_of(line)))
+        _, err = stop(process)
+    events = {row["event"]: row for row in map(json.loads, err.splitlines())}
+    assert events["no such setting"]["variable"] == "GRADPOST_PRT"
+    assert events["started"]["address"] == line.removeprefix("gradpost listens on ")
+    assert events["started"]["key"] is True
+    assert events["stopping"]["sessions_lost"] == 0
+    assert "secret" not in err
 
 
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
@@ -145,6 +162,25 @@ def test_health_of_a_listening_address_asks_loopback(monkeypatch, capsys):
     monkeypatch.setenv("GRADPOST_HOST", "0.0.0.0")
     assert main(["health"]) == 1
     assert "refused" in capsys.readouterr().err
+
+
+def test_a_misspelt_warm_rule_stops_the_start_and_names_the_nearest(monkeypatch, capsys):
+    monkeypatch.setenv("GRADPOST_WARM_RULES", "adam,rmsprob")
+    assert main(["serve"]) == 2
+    shown = capsys.readouterr().err
+    assert "GRADPOST_WARM_RULES" in shown
+    assert "did you mean 'rmsprop'?" in shown
+
+
+def test_a_stop_in_a_cold_warm_up_leaves_the_rest_uncompiled(tmp_path):
+    cold = {"GRADPOST_WARM_RULES": "adam", "NUMBA_CACHE_DIR": str(tmp_path)}
+    with server("--port", "0", **cold) as (process, line):
+        assert line
+        _, err = stop(process)
+        assert process.returncode == 0, err
+        assert "Traceback" not in err
+    everything = 2 * len(combinations(["adam"], ["F32"]))  # each in two forms, and then the rest
+    assert len(list(tmp_path.rglob("*.nbi"))) < everything
 
 
 def test_warm_refuses_a_misspelt_rule(capsys):

@@ -1,9 +1,13 @@
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from gradpost.protocol import MAX_HEADER_BYTES
+from kernels.registry import RULES
+from service.__main__ import configuration
 from service.limits import LIMITS, table
 from service.settings import Settings, usable_cores, usable_memory
 
@@ -79,6 +83,12 @@ def test_environment(monkeypatch):
     assert settings.insecure is True
 
 
+def test_the_connection_gets_its_limits():
+    given = {"head_bytes": 2048, "max_connections": 7, "body_min_bytes_per_s": 5.0}
+    limits = configuration(None, Settings(**given)).http.limits
+    assert {name: getattr(limits, name) for name in given} == given
+
+
 def test_an_empty_key_is_no_key():
     assert Settings(api_key="").api_key is None
 
@@ -90,11 +100,39 @@ def test_an_empty_key_is_no_key():
         *({"cors_origins": "example.org"}, {"cors_origins": ("http://a/b",)}, {"log_level": "all"}),
         *({"api_key": "two words"}, {"api_key": "é"}, {"memory_bytes": 5}, {"nope": 1}),
         *({"wait_cap_s": float("nan")}, {"header_timeout_s": 0}, {"keep_alive_s": "x"}),
+        # 0 made a plain pull a 409 whenever all versions were held; the header is the protocol's.
+        *({"wait_cap_s": 0}, {"max_header_bytes": 1 << 20}, {"warm_rules": "adam,adm"}),
     ],
 )
 def test_bad_values_are_refused(bad):
     with pytest.raises(ValidationError):
         Settings(**bad)
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [("adm", "did you mean 'adam'?"), ("sgd, Adamw", "did you mean 'adamw'?"), ("?", "known: sgd")],
+)
+def test_a_misspelt_warm_rule_is_refused_with_the_nearest(given, advice):
+    with pytest.raises(ValidationError, match=re.escape(advice)):
+        Settings(warm_rules=given)
+
+
+def test_every_rule_can_be_warmed():
+    assert Settings(warm_rules=",".join(RULES)).warm_rules == tuple(RULES)
+
+
+def test_every_limit_of_a_connection_is_a_setting_that_reaches_it():
+    chosen = {"header_timeout_s": 1.5, "body_idle_timeout_s": 2.5, "body_min_bytes_per_s": 3.0,
+              "reader_idle_timeout_s": 4.5, "reader_min_bytes_per_s": 5.0, "drain_timeout_s": 6.5,
+              "drain_bytes": 7, "head_bytes": 2048, "max_connections": 8}  # fmt: skip
+    protocol = configuration(None, Settings(**chosen)).http
+    assert dataclasses.asdict(protocol.limits) == chosen
+
+
+def test_what_the_protocol_fixes_is_told_as_a_limit_and_is_no_setting():
+    assert table(Settings())["max_header_bytes"] == MAX_HEADER_BYTES
+    assert "max_header_bytes" not in Settings.model_fields
 
 
 def test_settings_are_frozen_and_hide_the_key():

@@ -46,6 +46,15 @@ def test_the_contracts_hold():
         ("kernels/rules.py", "import service.settings"),
         ("service/wire/raw.py", "import service.sessions.session"),
         ("service/sessions/lane.py", "import service.routes.steps"),
+        ("service/sessions/lane.py", "import service.connection"),
+        ("service/sessions/lane.py", "import service.answers"),
+        ("service/schemas/control.py", "import service.sessions.session"),
+        ("service/hyper.py", "import service.schemas"),
+        ("service/limits.py", "import service.sessions.registry"),
+        ("service/settings.py", "import service.limits"),
+        ("service/settings.py", "import kernels.cpu"),
+        ("service/connection.py", "import service.sessions.session"),
+        ("service/nowhere.py", "import service.errors"),
         ("client/src/gradpost/session.py", "import kernels.cpu"),
     ],
 )
@@ -58,7 +67,8 @@ def test_the_contracts_catch_a_planted_violation(tmp_path, file, planted):
         else:
             shutil.copy(source, tmp_path / name)
     victim = tmp_path / file
-    victim.write_text(victim.read_text() + f"\n{planted}\n")
+    before = victim.read_text() if victim.exists() else ""
+    victim.write_text(f"{before}\n{planted}\n")
     assert "BROKEN" in contracts(tmp_path).stdout
 
 
@@ -109,6 +119,18 @@ def test_every_compiled_loop_states_its_error_model_and_none_is_fastmath():
                 found += 1
                 assert options.get("error_model") == "'numpy'", (path, node.lineno)
     assert found
+
+
+def test_every_silenced_complaint_has_its_reason():
+    mark = re.compile(r"# (?:type: ignore\[[^]]*\]|noqa: [A-Z]+[0-9]+)(.*)")
+    for path in modules("service"):
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines):
+            if found := mark.search(line):
+                before = lines[number - 1].strip()
+                reason = re.sub(r"# (type: ignore|noqa)\S*", "", found[1])
+                assert re.search(r"[a-z]{3}", reason) or before.startswith("#"), (path, number + 1)
+            assert not re.search(r"# (type: ignore(?!\[)|noqa(?!: ))", line), (path, number + 1)
 
 
 def test_one_version():

@@ -131,7 +131,7 @@ def test_misspelt_controls(wrong, right, text):
         parse_control({wrong: "1"}, text=text)
 
 
-@pytest.mark.parametrize("name", ["weight", "grad_scale", "overrides"])
+@pytest.mark.parametrize("name", ["weight", "found_inf"])
 def test_controls_of_later_versions(name):
     with pytest.raises(NotSupportedYet, match=name) as caught:
         parse_control({name: "1"}, text=True)
@@ -215,3 +215,31 @@ def test_a_query_names_each_thing_once():
     assert one_of_each(pairs, many=("names",)) == {"a": "1", "b": "2"}
     with pytest.raises(BadRequest, match="twice"):
         one_of_each([("a", "1"), ("a", "1")])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e31", "1e-31", "x", ""])
+def test_a_scale_is_a_positive_number(value):
+    with pytest.raises(InvalidRequest, match="divided by it"):
+        parse_control({"grad_scale": value}, text=True)
+
+
+@pytest.mark.parametrize("value", [[], 1, "x", {"default": 1}, {"default": None}, {"default": []}])
+def test_overrides_are_objects_by_group(value):
+    with pytest.raises(InvalidRequest, match="group name"):
+        parse_control({"overrides": value}, text=False)
+
+
+def test_overrides_have_one_canonical_form():
+    one = parse_control({"overrides": {"b": {"lr": 1, "eps": 2}, "a": {"lr": 3}}}, text=False)
+    two = parse_control({"overrides": {"a": {"lr": 3}, "b": {"eps": 2, "lr": 1}}}, text=False)
+    assert one.canonical == two.canonical
+    assert parse_control({"overrides": {"a": {}}}, text=False).overrides is None
+    plain = parse_control({}, text=False)
+    assert one.canonical != plain.canonical
+    assert parse_control({"grad_scale": 2}, text=False).canonical != plain.canonical
+
+
+@pytest.mark.parametrize("value", ["", "x" * 32, "0" * 31, 1, "A" * 32])
+def test_an_incarnation_is_32_digits(value):
+    with pytest.raises(InvalidRequest, match="hexadecimal"):
+        parse_control({"incarnation": value}, text=False)

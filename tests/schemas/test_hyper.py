@@ -19,12 +19,32 @@ DEFAULTS = {
         **{"momentum": 0.0, "centered": False},
     },
     "adadelta": {"lr": 1.0, "rho": 0.9, "eps": 1e-6},
-    "adam": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False},
+    "adam": {
+        **{"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False},
+        **{"decoupled_weight_decay": False, "bias_correction": True},
+    },
     "adamw": {
         **{"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False},
-        **{"weight_decay": 0.01},
+        **{"weight_decay": 0.01, "bias_correction": True},
+    },
+    "adamax": {"lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-8},
+    "nadam": {
+        **{"lr": 0.002, "betas": [0.9, 0.999], "eps": 1e-8},
+        **{"momentum_decay": 0.004, "decoupled_weight_decay": False},
+    },
+    "radam": {
+        **{"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8, "decoupled_weight_decay": False},
+    },
+    "asgd": {"lr": 0.01, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6},
+    "rprop": {"lr": 0.01, "etas": [0.5, 1.2], "step_sizes": [1e-6, 50.0]},
+    "lion": {"lr": 1e-4, "betas": [0.9, 0.99]},
+    "yogi": {
+        **{"lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-3},
+        **{"initial_accumulator_value": 1e-6, "bias_correction": False},
     },
 }
+COMMON = {"weight_decay": 0.0, "maximize": False, "preset": None}
+UNTORCHED = ("momentum", "lion", "yogi")
 
 
 def spec(rule, **hyper):
@@ -47,14 +67,42 @@ def refused(rule, **hyper):
 @pytest.mark.parametrize("rule", BY_NAME)
 def test_defaults_are_echoed(rule):
     echoed = spec(rule).model_dump(mode="json")["optimizer"]
-    assert echoed == {"rule": rule, "weight_decay": 0.0, "maximize": False, **DEFAULTS[rule]}
+    assert echoed == {"rule": rule, **COMMON, **DEFAULTS[rule]}
 
 
 def test_every_rule_of_the_kernels_has_hyperparameters():
     assert BY_NAME.keys() == RULES.keys() == DEFAULTS.keys()
     for rule in RULES:
         hyper = spec(rule).optimizer.model_dump()
-        assert len(RULES[rule].coefficients(hyper, 0, hyper["lr"])) >= 1
+        scalars = RULES[rule].start(hyper, hyper["lr"])
+        assert len(RULES[rule].coefficients(hyper, 0, hyper["lr"], scalars)) >= 1
+
+
+LARGE = {
+    **dict.fromkeys(("lr", "weight_decay", "eps", "momentum", "lambd", "alpha", "t0"), 1e300),
+    **dict.fromkeys(("momentum_decay", "lr_decay", "initial_accumulator_value"), 1e300),
+    **{"betas": [1 - 2**-53, 1 - 2**-53], "beta": 1 - 2**-53, "step_sizes": [0, 1e300]},
+}
+SMALL = {
+    **dict.fromkeys(LARGE, 0),
+    **{"betas": [5e-324, 5e-324], "beta": 5e-324, "step_sizes": [0, 0]},
+}
+
+
+@pytest.mark.parametrize("rule", BY_NAME)
+@pytest.mark.parametrize("extreme", [LARGE, SMALL], ids=["large", "small"])
+def test_no_coefficient_raises_at_the_edges(rule, extreme):
+    fields = {name: value for name, value in extreme.items() if name in BY_NAME[rule].model_fields}
+    if rule == "rmsprop":
+        fields["alpha"] = extreme["beta"]
+    optimizer, _ = parse_spec({"optimizer": {"rule": rule, **fields}, "dtype": "F64"})
+    hyper = optimizer.optimizer.model_dump()
+    scalars = RULES[rule].start(hyper, hyper["lr"])
+    for count in (0, 1, 7, 10**6, 2**53):
+        values = RULES[rule].coefficients(hyper, count, hyper["lr"], scalars)
+        assert all(isinstance(value, float) for value in values)
+        scalars = RULES[rule].advance(hyper, count, hyper["lr"], scalars)
+        assert all(isinstance(value, float) for value in scalars)
 
 
 NUMBERS = [
@@ -85,6 +133,12 @@ def test_zero_and_whole_numbers_are_numbers(rule, name):
     assert isinstance(value, float)
 
 
+def test_a_range_of_asgd_s_alpha_has_its_own_reason():
+    assert "never takes in" in refused("rmsprop", alpha=-1)["message"]
+    assert "the lr falls" in refused("asgd", alpha=-1)["message"]
+    assert spec("asgd", alpha=2).optimizer.alpha == 2
+
+
 @pytest.mark.parametrize(("rule", "name"), [("momentum", "beta"), ("rmsprop", "alpha")])
 @pytest.mark.parametrize("value", [1, 1.0, 1.5])
 def test_a_decay_of_one_is_refused_with_the_reason(rule, name, value):
@@ -112,6 +166,14 @@ TORCH_REFUSES = [
     ("sgd", {"lr": 1e-2, "nesterov": True, "momentum": 0.9, "dampening": 0.1}),
     ("sgd", {"lr": "elephant"}),
     ("sgd", {"lr": -0.5}),
+    ("adamax", {"lr": 1e-2, "betas": [0.0, 1.0]}),
+    ("nadam", {"lr": 1e-2, "betas": [1.0, 0.0]}),
+    ("nadam", {"lr": 1e-2, "momentum_decay": -0.2}),
+    ("radam", {"lr": 1e-2, "betas": [1.0, 0.0]}),
+    ("radam", {"lr": 1e-2, "weight_decay": -1}),
+    ("asgd", {"lr": 1e-2, "weight_decay": -0.5}),
+    ("rprop", {"lr": 1e-2, "etas": [1.0, 0.5]}),
+    *((rule, {"lr": [0.001, 0.001]}) for rule in ("adamax", "nadam", "radam", "asgd", "rprop")),
 ]
 
 
@@ -133,8 +195,58 @@ def test_betas_are_two_numbers(betas):
 
 
 @pytest.mark.parametrize(
+    "etas",
+    [[0, 1.2], [1, 1.2], [0.5, 1], [0.5], [0.5, 1.2, 2], [0.5, math.inf], [-1, 2], 0.5, "ab", None],
+)
+def test_etas_lie_about_one(etas):
+    assert "0 < etas[0] < 1 < etas[1]" in refused("rprop", etas=etas)["message"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2, 1], [-1, 1], [0], [0, 1, 2], [0, math.nan], [True, 2], ["0", 1], 50, {}, None]
+)
+def test_step_sizes_ascend_from_zero(sizes):
+    assert "the least and the most" in refused("rprop", step_sizes=sizes)["message"]
+
+
+def test_equal_and_zero_step_sizes_are_allowed():
+    assert spec("rprop", step_sizes=[0, 0]).optimizer.step_sizes == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("rule", BY_NAME)
+def test_preset_torch_changes_what_torch_has_otherwise(rule):
+    if rule in UNTORCHED:
+        error = refused(rule, preset="torch")
+        assert error["field"] == "optimizer.preset"
+        assert f"torch has no rule {rule}" in error["message"]
+        assert spec(rule, preset=None) == spec(rule)
+        return
+    echoed = spec(rule, preset="torch").optimizer.model_dump()
+    changed = {"eps_inside_sqrt": False} if rule == "rmsprop" else {}
+    assert echoed == {**spec(rule).optimizer.model_dump(), **changed, "preset": "torch"}
+
+
+def test_what_is_stated_beside_a_preset_stands():
+    optimizer = spec("rmsprop", preset="torch", eps_inside_sqrt=True, lr=1).optimizer
+    assert (optimizer.eps_inside_sqrt, optimizer.lr) == (True, 1.0)
+
+
+@pytest.mark.parametrize("preset", ["keras", "Torch", "", True, 1, [], {}])
+def test_other_presets_are_refused(preset):
+    for rule in ("adam", "rmsprop", "lion"):
+        assert "torch, or null" in refused(rule, preset=preset)["message"]
+
+
+@pytest.mark.parametrize(
     ("rule", "name"),
-    [("adam", "amsgrad"), ("sgd", "nesterov"), ("rmsprop", "centered"), ("adam", "maximize")],
+    [
+        *((rule, "decoupled_weight_decay") for rule in ("adam", "nadam", "radam")),
+        *((rule, "bias_correction") for rule in ("adam", "adamw", "yogi")),
+        ("adam", "amsgrad"),
+        ("sgd", "nesterov"),
+        ("rmsprop", "centered"),
+        ("adam", "maximize"),
+    ],
 )
 @pytest.mark.parametrize("value", [0, 1, "true", None])
 def test_a_switch_is_true_or_false(rule, name, value):
@@ -201,6 +313,7 @@ def test_later_fields_are_not_supported_yet(rule, name):
 
 def test_a_number_beyond_the_master_dtype_is_refused():
     assert "F32" in refused("adam", lr=1e39)["message"]
+    assert "F32" in refused("rprop", step_sizes=[0, 1e39])["message"]
     wide, _ = parse_spec({"optimizer": {"rule": "adam", "lr": 1e39}, "dtype": "F64"})
     assert wide.optimizer.lr == 1e39
 

@@ -32,8 +32,14 @@ def test_everything_is_normalised_and_echoed():
     assert spec.model_dump(mode="json") == {
         "optimizer": {
             **{"rule": "adam", "lr": 1.0, "betas": [0.0, 0.5], "eps": 1e-8},
-            **{"weight_decay": 0.0, "amsgrad": False, "maximize": False},
+            **{"weight_decay": 0.0, "amsgrad": False, "maximize": False, "preset": None},
+            **{"decoupled_weight_decay": False, "bias_correction": True},
         },
+        "groups": [],
+        "clip": None,
+        "schedule": None,
+        "ema": None,
+        "norms": False,
         "device": "cpu",
         "dtype": "F32",
         "update": {"mode": "async", "max_staleness": None, "on_stale": "refuse"},
@@ -104,9 +110,8 @@ def test_other_values_are_refused(field, value):
 
 
 LATER = [
-    *[{name: {}} for name in ("groups", "schedule", "clip", "overrides", "grad_scale", "push")],
-    *[{name: 1} for name in ("ema", "log_slots", "preset")],
-    {"missing": "skip"},
+    *[{name: {}} for name in ("overrides", "grad_scale", "push")],
+    *[{name: 1} for name in ("log_slots", "preset")],
     {"durability": "snapshot"},
     {"durability": "log"},
     {"update": {"mode": "sync"}},
@@ -262,10 +267,17 @@ def test_another_momentum_needs_no_other_array():
         ({"optimizer": {"lr": float("inf")}}, InvalidRequest),
         ({"lr": 0.1}, InvalidRequest),
         ({"\ud800": 1}, InvalidRequest),
-        ({"optimizer": {"rule": "lion"}}, NotSupportedYet),
+        ({"optimizer": {"rule": "lion"}}, Structural),
+        ({"optimizer": {"rule": "muon"}}, NotSupportedYet),
+        ({"ema": {"decay": 0.9}}, Structural),
+        ({"clip": {}}, InvalidRequest),
+        ({"schedule": {"kind": "cosine"}}, InvalidRequest),
+        ({"groups": {}}, InvalidRequest),
+        ({"groups": [{"name": "none", "lr": 1}]}, InvalidRequest),
+        ({"groups": [{"lr": 1}]}, InvalidRequest),
+        ({"groups": [1]}, InvalidRequest),
         ({"update": {"mode": "sync"}}, NotSupportedYet),
         ({"durability": "log"}, NotSupportedYet),
-        ({"missing": "skip"}, NotSupportedYet),
         ({"device": "cuda:0"}, DeviceUnavailable),
     ],
 )

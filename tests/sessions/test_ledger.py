@@ -5,7 +5,7 @@ import pytest
 from service.errors import KeyReused, TooManyWorkers, TooOld, WorkerRetired
 from service.sessions.ledger import WINDOW, Admitted, Ledger, Summary, same_push
 
-SUMMARY = Summary(1, 1, 2, True, True, 0, 0.1, 1.0, None, True)
+SUMMARY = Summary(1, 1, 2, True, True, 0, 0.1, 1.0, False, None, True, None, None)
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """A session without HTTP: the lane, budgets, versions and epochs as its users meet them."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import PushControl, parse_spec
 from service.sessions import session as module
+from service.sessions import update
 from service.sessions.conversion import converted
 from service.sessions.registry import Sessions, revision_of
 from service.sessions.session import Gradient, Shared
@@ -64,6 +66,11 @@ def key(sequence, base=(1, 1)):
     return PushControl("w", sequence, base, None)
 
 
+def rows_of(pieces):
+    """An exported state as it is uploaded."""
+    return [(f"{p.slot}/{p.entry.name}", "F32", p.entry.shape, p.flat.copy()) for p in pieces]
+
+
 async def made(sessions, name="s", **fields):
     session = sessions.create(name, spec(**fields))
     await session.load(TENSORS, first_only=True)
@@ -82,23 +89,31 @@ def test_the_same_key_is_applied_once_however_often_it_comes(sessions):
     asyncio.run(scenario())
 
 
-def test_a_key_is_in_flight_only_while_it_commits(sessions):
+def test_a_key_is_in_flight_only_while_it_commits(sessions, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", -1)  # in a thread, where it can be looked at from here
+    began, go_on = threading.Event(), threading.Event()
+    plain = update._plain
+
+    def slow(*arguments):
+        began.set()
+        assert go_on.wait(10)
+        return plain(*arguments)
+
+    monkeypatch.setattr(update, "_plain", slow)
+
     async def scenario():
         session = await made(sessions)
         pushing = asyncio.create_task(session.push(gradient(np.ones(7), key(1)), hold=False))
-        seen = set()
-        while not pushing.done():
-            try:
+        await asyncio.sleep(0)
+        while not began.is_set():
+            await asyncio.sleep(0.001)
+        for _ in range(3):
+            with pytest.raises(InFlight):
                 session.precheck(key(1))
-            except InFlight:
-                seen.add("in-flight")
-            await asyncio.sleep(0)
-        session.precheck(key(1))
-        assert seen <= {"in-flight"}
-
-        session._committing.add(("w", 2))
-        with pytest.raises(InFlight):
-            session.precheck(key(2))
+        session.precheck(key(2))
+        go_on.set()
+        assert (await pushing).summary.step == 1
+        session.precheck(key(1))  # a replay may come
 
     asyncio.run(scenario())
 
@@ -117,20 +132,36 @@ def test_a_cancelled_caller_does_not_stop_its_push(sessions, monkeypatch):
             await task
         await session.lane.idle()
         assert session.step == 1
+        await asyncio.sleep(0)
         assert released == [True]
 
     asyncio.run(scenario())
 
 
-def test_a_failure_inside_an_update_breaks_the_session_loudly(sessions, monkeypatch):
-    def failing(*_):
-        raise RuntimeError("a kernel failed")
+AFTER_THE_FIRST_WRITE = {
+    "kernel": lambda session: (update, "_plain"),
+    "noting the runs": lambda session: (update, "_advance"),
+    "publishing": lambda session: (session.arena.versions, "publish"),
+    "the ledger": lambda session: (session.ledger, "record"),
+    "the history": lambda session: (session.history, "append"),
+    "the metrics": lambda session: (session.shared.metrics, "observe_step"),
+}
+
+
+@pytest.mark.parametrize(
+    "where", list(AFTER_THE_FIRST_WRITE.values()), ids=list(AFTER_THE_FIRST_WRITE)
+)
+def test_a_failure_inside_an_update_breaks_the_session_loudly(sessions, monkeypatch, where):
+    def failing(*_, **__):
+        raise RuntimeError("it failed")
 
     async def scenario():
         session = await made(sessions)
-        monkeypatch.setattr(module.cpu, "kernel", lambda *_: failing)
-        with pytest.raises(RuntimeError):
-            await session.push(gradient(np.ones(7)), hold=False)
+        with monkeypatch.context() as patched:
+            owner, name = where(session)
+            patched.setattr(owner, name, failing)
+            with pytest.raises(RuntimeError):
+                await session.push(gradient(np.ones(7), key(1)), hold=False)
         with pytest.raises(Internal):
             session.precheck(NOBODY)
         with pytest.raises(Internal):
@@ -142,13 +173,13 @@ def test_a_failure_inside_an_update_breaks_the_session_loudly(sessions, monkeypa
 
 
 def test_a_failure_before_the_first_write_breaks_nothing(sessions, monkeypatch):
-    def no_compiler(*_):
+    def no_compiler(*_, **__):
         raise MemoryError
 
     async def scenario():
         session = await made(sessions)
         with monkeypatch.context() as patched:
-            patched.setattr(module.cpu, "kernel", no_compiler)
+            patched.setattr(update.cpu, "kernel", no_compiler)
             with pytest.raises(MemoryError):
                 await session.push(gradient(np.ones(7), key(1)), hold=False)
         assert session.step == 0
@@ -158,8 +189,8 @@ def test_a_failure_before_the_first_write_breaks_nothing(sessions, monkeypatch):
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("policy", "step"), [("refuse", 0), ("skip", 0)])
-def test_a_gradient_that_is_not_finite_changes_no_number(sessions, policy, step):
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+def test_a_gradient_that_is_not_finite_changes_no_number(sessions, policy):
     async def scenario():
         session = await made(sessions, on_nonfinite=policy)
         values = np.ones(7)
@@ -174,7 +205,7 @@ def test_a_gradient_that_is_not_finite_changes_no_number(sessions, policy, step)
             assert outcome.summary.skipped == "nonfinite"
             again = await session.push(gradient(values, key(1)), hold=False)
             assert again.replayed
-        assert (session.step, session.version) == (step, 1)
+        assert (session.step, session.version) == (0, 1)
         assert session.arena.state[0].max() == 0
 
     asyncio.run(scenario())
@@ -278,11 +309,8 @@ def test_state_goes_round_and_training_goes_on_to_the_bit(sessions):
         await two.load([("w", "F32", (3, 2), held.flat[:6].copy()),
                         ("b", "F32", (), held.flat[6:].copy())], first_only=True)  # fmt: skip
         one.release(held)
-        rows = [
-            (f"{slot}/{e.name}", "F32", e.shape, flat[e.offset : e.offset + e.size])
-            for slot, e, flat in pieces
-        ]
-        await two.load_state(rows, facts["step"], facts["counts"])
+        rows = rows_of(pieces)
+        await two.load_state(rows, facts["step"], facts["counts"], {})
         assert (two.step, two.epoch, two.version) == (3, 2, 1)
         for values in grads[3:]:
             await one.push(gradient(values), hold=False)
@@ -298,18 +326,15 @@ def test_tensors_updated_equally_often_run_together(sessions):
     async def scenario():
         session = await made(sessions)
         _, pieces = await session.export_state()
-        rows = [
-            (f"{slot}/{e.name}", "F32", e.shape, flat[e.offset : e.offset + e.size])
-            for slot, e, flat in pieces
-        ]
-        await session.load_state(rows, 9, {"w": 9, "b": 2})
-        assert session.arena.runs == ((0, 6, 9), (6, 7, 2))
+        rows = rows_of(pieces)
+        await session.load_state(rows, 9, {"w": 9, "b": 2}, {})
+        assert [run[2:5] for run in session.arena.runs] == [(0, 6, 9), (6, 7, 2)]
         await session.push(gradient(np.ones(7)), hold=False)
-        assert session.arena.runs == ((0, 6, 10), (6, 7, 3))
+        assert [run[2:5] for run in session.arena.runs] == [(0, 6, 10), (6, 7, 3)]
         with pytest.raises(TensorMismatch):
-            await session.load_state(rows, 9, {"w": 9})
+            await session.load_state(rows, 9, {"w": 9}, {})
         with pytest.raises(TensorMismatch):
-            await session.load_state(rows[1:], 9, {"w": 9, "b": 2})
+            await session.load_state(rows[1:], 9, {"w": 9, "b": 2}, {})
 
     asyncio.run(scenario())
 
@@ -405,7 +430,7 @@ def test_waits_that_ended_are_forgotten_and_pin_nothing(sessions):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert session._waiters == []
+        assert not len(session.waiting)
         task = asyncio.create_task(session.hold((1, 2), 5))
         await asyncio.sleep(0)
         await session.push(gradient(np.ones(7)), hold=False)

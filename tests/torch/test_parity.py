@@ -7,15 +7,21 @@ import pytest
 import torch
 from torch.testing._internal.common_optimizers import optim_db
 
+from kernels.registry import RULES
 from tests.kernels import cases
 
-RULES = {
+NAMES = {
     "SGD": "sgd",
     "Adagrad": "adagrad",
     "RMSprop": "rmsprop",
     "Adadelta": "adadelta",
     "Adam": "adam",
     "AdamW": "adamw",
+    "Adamax": "adamax",
+    "NAdam": "nadam",
+    "RAdam": "radam",
+    "ASGD": "asgd",
+    "Rprop": "rprop",
 }
 IGNORED = {
     "foreach",
@@ -26,11 +32,19 @@ IGNORED = {
 DTYPES = {"F32": torch.float32, "F64": torch.float64}
 
 
+@pytest.fixture(autouse=True)
+def _float64_scalars():
+    # torch keeps mu_product, eta and mu in its default dtype, we in float64
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def table():
     """(optimizer name, options) of every configuration in torch's table, each once."""
     for info in optim_db:
         name = info.optim_cls.__name__
-        if name not in RULES:
+        if name not in NAMES:
             continue
         seen = []
         for made in info.optim_inputs_func(device="cpu"):
@@ -46,7 +60,7 @@ def table():
 
 
 def ours(name, options):
-    rule = RULES[name]
+    rule = NAMES[name]
     extra = {"eps_inside_sqrt": False} if rule == "rmsprop" else {}
     return rule, cases.hyper(rule, **extra, **options)
 
@@ -68,6 +82,8 @@ def follow(name, options, master, size, steps, *, scale=1.0, fused=False, grad=N
         run(p, p, g, state, cases.coefficients(rule, h, count, master), 0, size)
         yield p, theirs.detach().numpy()
     kept = optimizer.state[theirs]
+    scalars = cases.scalars(rule, h, steps)
+    assert scalars == pytest.approx([float(kept[x]) for x in RULES[rule].scalars], rel=1e-12)
     for slot, mine in zip(cases.names(rule, h), state, strict=True):
         want = kept[slot].numpy()
         np.testing.assert_allclose(
@@ -86,7 +102,7 @@ def test_every_configuration_of_torchs_table(name, options, master, size):
         np.testing.assert_allclose(mine, theirs, **CLOSE[master])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_odd_large_size_and_many_steps(name):
     for mine, theirs in follow(name, {}, "F32", 100_003, 3):
         np.testing.assert_allclose(mine, theirs, **CLOSE["F32"])
@@ -95,14 +111,14 @@ def test_odd_large_size_and_many_steps(name):
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-20, 1e-8, 1e6, 1e15])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_denormal_tiny_and_huge_gradients(name, scale):
     for mine, theirs in follow(name, {}, "F32", 257, 4, scale=scale):
         np.testing.assert_allclose(mine, theirs, rtol=3e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("grad", ["F16", "BF16"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_16_bit_gradients(name, grad):
     for mine, theirs in follow(name, {}, "F32", 4097, 4, grad=grad):
         np.testing.assert_allclose(mine, theirs, **CLOSE["F32"])
@@ -114,13 +130,14 @@ def test_fused(name):
         np.testing.assert_allclose(mine, theirs, **CLOSE["F32"])
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_infinite_and_nan_parameters_stay_what_torch_leaves(name, bad):
-    rule, h = ours(name, {"weight_decay": 0})
+    options = {} if name == "Rprop" else {"weight_decay": 0}
+    rule, h = ours(name, options)
     p = np.array([bad, 1.0, -2.0], np.float32)
     theirs = torch.nn.Parameter(torch.tensor(p))
-    optimizer = getattr(torch.optim, name)([theirs], foreach=False, weight_decay=0)
+    optimizer = getattr(torch.optim, name)([theirs], foreach=False, **options)
     state = cases.slots(rule, h, 3, "F32")
     run = cases.kernel(rule, h, "F32", "F32")
     for count, g in enumerate(itertools.repeat(np.ones(3, np.float32), 3)):

@@ -374,6 +374,19 @@ def test_what_is_too_long_is_not_written() -> None:
         render_tensors(pieces)
 
 
+def test_the_limits_of_an_answer_are_the_caller_s() -> None:
+    flat = flat_of(values())
+    text = render(LAYOUT, flat)
+    assert render(LAYOUT, flat, max_elements=flat.size, max_bytes=len(text)) == text
+    with pytest.raises(NotAcceptable, match=f"at most {flat.size - 1} numbers"):
+        render(LAYOUT, flat, max_elements=flat.size - 1)
+    with pytest.raises(NotAcceptable, match=f"above {len(text) - 1};"):
+        render(LAYOUT, flat, max_bytes=len(text) - 1)
+    many = np.zeros(100_001, np.float32)
+    pieces = [("t", many.shape, many)]
+    assert len(json.loads(render_tensors(pieces, max_elements=many.size))["t"]) == many.size
+
+
 @pytest.mark.parametrize("shape", [(10**18, 0), (10**6, 10**6, 0, 5), (200_000, 0)])
 def test_a_shape_of_many_empty_lists_is_not_written(shape: tuple[int, ...]) -> None:
     with pytest.raises(NotAcceptable, match="ask for"):

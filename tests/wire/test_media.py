@@ -115,6 +115,13 @@ def test_what_we_do_not_have_is_not_acceptable(value: str) -> None:
     assert len(caught.value.detail) < 400
 
 
+@pytest.mark.parametrize("filler", ["text/x", "", "*/*;q=0"])
+def test_only_the_first_ranges_are_read(filler: str) -> None:
+    assert choose_accept(",".join([filler] * 31 + [ST])) == Media("safetensors")
+    with pytest.raises(NotAcceptable):
+        choose_accept(",".join([filler] * 32 + [ST] * 30_000))
+
+
 def test_a_media_names_its_content_type() -> None:
     assert Media("raw", "BF16").content_type == f"{RAW}; dtype=BF16"
     assert Media("raw").content_type == RAW

@@ -1,5 +1,6 @@
 """The client of gradpost: post gradients, get parameters."""
 
+from gradpost.answers import Buffer, State
 from gradpost.errors import (
     CertificateError,
     ClosedError,
@@ -14,7 +15,7 @@ from gradpost.errors import (
 from gradpost.http import Http
 from gradpost.inprocess import InProcess
 from gradpost.retry import Attempt, RetryPolicy
-from gradpost.session import Buffer, Session, State
+from gradpost.session import Session
 from gradpost.summary import Summary
 
 __version__ = "0.1.0"

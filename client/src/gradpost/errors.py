@@ -2,11 +2,12 @@
 
 ```
 GradpostError            retryable: whether the same call is worth making again
+│                        summary: of a push that was applied though the call failed afterwards
 ├── ClosedError          the session was closed
 ├── NotPulled            a gradient was pushed before any parameters were pulled
 ├── CertificateError     the server's TLS certificate is not trusted
 ├── TransportError       no (whole) answer came
-├── DeadlineExceeded     retries used up the time; `last` is the last failure
+├── DeadlineExceeded     retries used up the time; `kept` names the push that is kept
 └── RefusedError         the server answered with a problem; one subclass per problem type
 ```
 """
@@ -15,12 +16,26 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from gradpost.protocol import PROBLEM_PREFIX, PROBLEMS
+from gradpost.summary import Summary
 
 
 class GradpostError(Exception):
-    """Every failure of this package."""
+    """Every failure of this package.
+
+    Attributes:
+        retryable: Whether the same call is worth making again.
+        summary: Of a `push_pull` whose gradient was applied, when only the parameters after it did
+            not come: pull, and do not push it again.
+    """
 
     retryable: bool = False
+    summary: Summary | None = None
+
+    def of_applied(self, summary: Summary) -> None:
+        """Notes that the call's gradient was applied before this failure."""
+        self.summary = summary
+        self.retryable = False
+        self.add_note(f"The gradient was applied as step {summary.step}; only pull again.")
 
 
 class ClosedError(GradpostError):
@@ -42,11 +57,18 @@ class TransportError(GradpostError):
 
 
 class DeadlineExceeded(GradpostError):
-    """The retries used up their time; what the last one did is not known.
+    """The retries used up their time; what they did is not known.
+
+    A push that ends so is kept by its session and is not `retryable`: the same call would be
+    another push of the same gradient. Other calls may be made again.
 
     Args:
         message: What was tried.
         last: The last failure.
+
+    Attributes:
+        kept: Sequence of the push that is kept until `Session.settle` or the session's next push
+            learns what became of it; None for every other call.
     """
 
     retryable = True
@@ -54,13 +76,31 @@ class DeadlineExceeded(GradpostError):
     def __init__(self, message: str, last: GradpostError | None = None) -> None:
         super().__init__(message, last)
         self.last = last
+        self.kept: int | None = None
+
+    def keep(self, sequence: int) -> None:
+        """Notes that the push of this sequence is kept."""
+        self.kept = sequence
+        self.retryable = False
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        text = str(self.args[0])
+        if self.kept is None:
+            return text
+        return (
+            f"{text} Push {self.kept} may have been applied, and its bytes are kept: settle() "
+            "sends them again and tells; the next push does that first. Do not push this gradient "
+            "again."
+        )
+
+
+_BEFORE_THE_SESSION = ("key-missing", "key-required", "key-wrong", "origin-refused")
 
 
 class RefusedError(GradpostError):
     """The server refused: this attempt changed nothing (a 5xx apart).
+
+    After an attempt whose answer was lost see `settles`.
 
     Args:
         status: HTTP status.
@@ -85,6 +125,17 @@ class RefusedError(GradpostError):
     def detail(self) -> str:
         """The sentence that says what to do."""
         return str(self.problem.get("detail") or self.problem.get("title") or "no detail given")
+
+    @property
+    def settles(self) -> bool:
+        """Whether it ends a push, earlier attempts with the same bytes included.
+
+        The server looks a push up among the admitted ones before it judges it, so its refusal says
+        that no attempt was applied (`too-old` and `worker-retired`: that nobody can tell any more).
+        Keys are checked earlier, and a proxy knows nothing: theirs is a word on one attempt only.
+        """
+        ours = PROBLEM_PREFIX in str(self.problem.get("type", ""))
+        return ours and self.status < 500 and self.slug not in _BEFORE_THE_SESSION
 
     @property
     def step(self) -> int | None:
@@ -233,6 +284,12 @@ class ParamsMissing(RefusedError):
     """The session has no parameters yet."""
 
     slug = "params-missing"
+
+
+class AverageMissing(RefusedError):
+    """The session keeps no average."""
+
+    slug = "average-missing"
 
 
 class DeviceUnavailable(RefusedError):

@@ -110,15 +110,14 @@ class InProcess:
 
     async def _lifespan(self) -> None:
         """Starts the application, waits for `close`, stops it."""
-        stopping = False
+        delivered = False  # the startup
 
         async def receive() -> Message:
-            nonlocal stopping
-            if stopping or not self._started.done():
-                if not stopping:
-                    stopping = True
-                    return {"type": "lifespan.startup"}
-                await self._stop.wait()
+            nonlocal delivered
+            if not delivered:
+                delivered = True
+                return {"type": "lifespan.startup"}
+            await self._stop.wait()
             return {"type": "lifespan.shutdown"}
 
         async def send(message: Message) -> None:

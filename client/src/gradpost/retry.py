@@ -25,7 +25,8 @@ class RetryPolicy:
     """How long to try, and how to wait in between.
 
     Attributes:
-        deadline_s: Seconds for one call with all its retries.
+        deadline_s: Seconds for one call with all its retries and, of a push, with settling the one
+            before it. An answer that arrives slowly is read to its end even so.
         attempt_s: Seconds that one attempt may wait for the network.
         base_s: The first wait, before jitter; doubles each time.
         cap_s: The longest wait, before jitter, unless the server asks for more.
@@ -57,31 +58,47 @@ class Retrier:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
 
-    def run(self, attempt: Callable[[float], T], *, final: tuple[str, ...] = ()) -> T:
-        """Calls `attempt(timeout_s)` until it returns.
+    def end(self, deadline_s: float | None = None) -> float:
+        """When the time of a call that begins now is used up, by the policy's clock."""
+        return self.policy.clock() + (self.policy.deadline_s if deadline_s is None else deadline_s)
+
+    def left_s(self, end: float) -> float:
+        """Seconds until then."""
+        return end - self.policy.clock()
+
+    def run(
+        self,
+        attempt: Callable[[float], T],
+        *,
+        final: tuple[str, ...] = (),
+        end: float | None = None,
+    ) -> T:
+        """Calls `attempt(timeout_s)` until it returns, at least once.
 
         Args:
             attempt: Sends the same bytes each time.
             final: Slugs of refusals to raise at once although they are retryable.
+            end: When the time is used up; as the policy says where None.
 
         Raises:
             DeadlineExceeded: The time is used up.
             GradpostError: A failure that no retry mends.
         """
         policy = self.policy
-        end = policy.clock() + policy.deadline_s
+        begin = policy.clock()
+        end = begin + policy.deadline_s if end is None else end
         count = 0
         while True:
-            left = end - policy.clock()
             try:
-                return attempt(max(min(left, policy.attempt_s), 0.001))
+                return attempt(max(min(self.left_s(end), policy.attempt_s), 0.001))
             except GradpostError as error:
                 if not error.retryable or getattr(error, "slug", "") in final:
                     raise
                 delay = self._delay(count, error)
                 if policy.clock() + delay >= end:
+                    given = round(max(end - begin, 0.0), 3)
                     raise DeadlineExceeded(
-                        f"No answer after {count + 1} tries in {policy.deadline_s} s: {error}",
+                        f"No answer after {count + 1} tries in {given} s: {error}",
                         error,
                     ) from error
                 count += 1

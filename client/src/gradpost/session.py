@@ -7,63 +7,58 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
+from urllib.parse import urlencode
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gradpost.calls import Calls, members, path_of, read_json
+from gradpost.answers import (
+    Buffer,
+    Params,
+    State,
+    Version,
+    state_of,
+    summary_of,
+    tensors_of,
+    version_of,
+)
+from gradpost.calls import Calls, path_of
 from gradpost.errors import (
     ClosedError,
+    DeadlineExceeded,
+    GradpostError,
     NotPulled,
     PreconditionFailed,
     SessionGone,
-    TransportError,
 )
 from gradpost.http import Http
-from gradpost.protocol import EPOCH, JSON, SAFETENSORS, SUMMARY, VERSION
+from gradpost.pending import Push, Tries, Unsettled
+from gradpost.protocol import EPOCH, INCARNATION, JSON, SAFETENSORS, SUMMARY, VERSION
 from gradpost.protocol.versions import format_version
 from gradpost.retry import Retrier, RetryPolicy
 from gradpost.summary import Summary
-from gradpost.tensors import Received, Tensors, decode, encode
+from gradpost.tensors import Tensors, encode
 from gradpost.transport import Answer, Part, Transport
+from gradpost.uploads import Base, Upload
 
-Params = dict[str, NDArray[Any]]
-Version = tuple[int, int]
 T = TypeVar("T")
 
 _BINARY = {"Content-Type": SAFETENSORS}
-
-
-class State(NamedTuple):
-    """The optimizer state: `<slot>/<tensor>` → array, and how often each tensor was updated."""
-
-    tensors: Params
-    counts: dict[str, int]
-    step: int
-    rule: str
-
-
-class Buffer:
-    """Memory for pulled parameters, to be used again: pass it as `into`."""
-
-    def __init__(self) -> None:
-        self.flat: NDArray[np.uint8] | None = None
 
 
 class Session:
     """One trainer's view of a session. Make it by `create` or `attach`; use it as a context.
 
     Worker identity, sequence numbers, base versions and retries are kept here: a call that returns
-    has happened exactly once, and one that raises `RefusedError` has changed nothing. May be used
-    by several threads; the calls that return futures run in order in one thread of their own.
+    has happened exactly once. A push that raises a refusal (4xx) was not applied. One that ends
+    without an answer to trust (`DeadlineExceeded`, an interrupt) is `pending`: its bytes are kept,
+    and `settle` or the next push sends them again, so that it is applied once, not twice, and not
+    lost while this object lives. May be used by several threads; the calls that return futures run
+    in order in one thread of their own.
 
     Attributes:
         id: The session's id on the server.
         worker: This trainer's id, new for each incarnation.
-        version: (epoch, version) of the parameters pulled last, or uploaded by this object;
-            gradients count as computed there. None before that.
-        retries: Attempts beyond the first, so far.
+        version: (epoch, version) of the parameters pulled last, or that this object's last upload
+            resulted in; gradients count as computed there. None before that.
     """
 
     def __init__(
@@ -86,8 +81,11 @@ class Session:
         self._retrier = Retrier(policy or RetryPolicy(), seed)
         self._lock = threading.Lock()
         self._sequence = 0
+        self._unsettled = Unsettled()
         self._master = "F32"
+        self._incarnation: str | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._admitted = threading.local()
         self._closed = False
 
     @classmethod
@@ -205,6 +203,9 @@ class Session:
     ) -> Summary:
         """Posts a gradient; returns when it was applied, exactly once.
 
+        A pending push is settled first, in the same deadline. If that is refused or fails, its
+        error is raised, with a note, and this gradient was not sent.
+
         Args:
             grads: Name → array, every tensor of the session, in any order.
             loss: For the history.
@@ -216,19 +217,10 @@ class Session:
             StaleGradient: The model moved on too far; pull and compute again.
             EpochChanged: Its history was cut; pull and compute again.
             RefusedError: Anything else the server refuses.
-            DeadlineExceeded: Nobody answered in time; whether it was applied is not known.
+            DeadlineExceeded: No answer in time; the push is pending (`kept` is its sequence), so
+                do not push this gradient again. If `kept` is None it was not sent.
         """
-        path, body = self._push_of(grads, loss, base_version, ())
-        return self._run(
-            lambda timeout: self._calls.send(
-                "POST",
-                path,
-                lambda answer: Summary.of(read_json(answer)),
-                timeout,
-                headers=_BINARY,
-                body=body,
-            )
-        )
+        return self._push(grads, loss, base_version, summary_of, _BINARY)
 
     def push_pull(
         self,
@@ -241,6 +233,9 @@ class Session:
     ) -> tuple[Summary, Params]:
         """Posts a gradient and gets the parameters after it, in one request.
 
+        As `push`, a pending one included: `settle` then returns its summary, and `pull` the
+        parameters.
+
         Args:
             grads: As for `push`.
             loss: For the history.
@@ -249,24 +244,54 @@ class Session:
             dtype: Of the answer: F32, F64, F16, BF16 (as uint16), or model.
 
         Raises:
-            GradpostError: As `push`.
+            GradpostError: As `push`. Where `summary` is set the gradient was applied, and only the
+                parameters did not come: pull them.
         """
-        asked = () if dtype is None else (("dtype", dtype),)
-        path, body = self._push_of(grads, loss, base_version, asked)
-        headers = {**_BINARY, "Accept": SAFETENSORS}
-        summary, received = self._run(
-            lambda timeout: self._calls.send(
-                "POST",
-                path,
-                lambda answer: self._answered(answer, into),
-                timeout,
-                headers=headers,
-                body=body,
-            )
+        summary, received = self._push(
+            grads,
+            loss,
+            base_version,
+            lambda answer: self._answered(answer, into),
+            {**_BINARY, "Accept": SAFETENSORS},
+            "" if dtype is None else "&" + urlencode({"dtype": dtype}),
         )
-        if received is None:  # applied, but its parameters can't be had in this form: pull says why
+        if received is not None:
+            return summary, received
+        try:  # applied, but its parameters can't be had in this form: pull says why
             return summary, self.pull(into=into, dtype=dtype)
-        return summary, received
+        except GradpostError as error:
+            error.of_applied(summary)
+            raise
+
+    @property
+    def pending(self) -> int | None:
+        """Sequence of the oldest push that may have been applied and that no answer settled.
+
+        None if there is none. Several threads may leave several: `settle` takes them one by one.
+        """
+        push = self._unsettled.oldest
+        return None if push is None else push.sequence
+
+    def settle(self, deadline_s: float | None = None) -> Summary | None:
+        """Sends the oldest pending push again, the same bytes, until an answer settles it.
+
+        `version` stays as it is: the parameters after the push are yours only when you pull them.
+
+        Args:
+            deadline_s: Seconds for this call; as the policy says where None.
+
+        Returns:
+            What the push did, `replayed` if an earlier attempt had arrived; None if none is
+            pending.
+
+        Raises:
+            RefusedError: A 4xx of the session: the push was not applied (of `too-old` and
+                `worker-retired`: nobody can tell any more), and is not pending any longer. If it
+                still is, the refusal (a wrong key, a proxy's) does not tell what became of it.
+            DeadlineExceeded: No answer in time; it stays pending, settle again.
+        """
+        self._check_open()
+        return self._settle(self._retrier.end(deadline_s))
 
     def pull(
         self,
@@ -298,7 +323,7 @@ class Session:
         path = path_of(self.id, "params", query=query)
         received, said = self._run(
             lambda timeout: self._calls.send(
-                "GET", path, lambda answer: _tensors(answer, into), timeout, headers=headers
+                "GET", path, lambda answer: tensors_of(answer, into), timeout, headers=headers
             ),
             final=("version-pending",),
         )
@@ -306,11 +331,17 @@ class Session:
         return received.tensors
 
     def push_async(self, grads: Tensors, **options: Any) -> "Future[Summary]":
-        """As `push`, in the background; `grads` must stay as they are until it is done."""
+        """As `push`, in the background; `grads` must stay as they are until it is done.
+
+        One that is left pending is settled by the next, whose future tells if that fails.
+        """
         return self._later(lambda: self.push(grads, **options))
 
     def push_pull_async(self, grads: Tensors, **options: Any) -> "Future[tuple[Summary, Params]]":
-        """As `push_pull`, in the background; `grads` must stay as they are until it is done."""
+        """As `push_pull`, in the background; `grads` must stay as they are until it is done.
+
+        One that is left pending is settled by the next, whose future tells if that fails.
+        """
         return self._later(lambda: self.push_pull(grads, **options))
 
     # Everything else
@@ -334,33 +365,46 @@ class Session:
     def set_params(self, params: Tensors, *, first_only: bool = False) -> None:
         """Uploads parameters, all or some; the moments stay and a new epoch begins.
 
+        Whatever is there is replaced, steps that other workers make meanwhile included. It is
+        replaced once: an upload asks for the epoch first and is conditional on it, so when an
+        answer is lost, the retry of an upload that had arrived does not overwrite the steps made
+        since. Such a retry is refused, and an epoch that was raised exactly once says that the
+        upload was taken. (Another upload in that very moment looks the same: where several workers
+        may upload at once, let one of them do it.)
+
+        Args:
+            params: Name → array.
+            first_only: Only if there are none yet.
+
         Raises:
-            PreconditionFailed: `first_only` and there are some already.
+            PreconditionFailed: `first_only` and there are some already, perhaps from an attempt of
+                this call whose answer was lost: pull. Else: an answer was lost and there were
+                several uploads since, so whether this one was taken can't be told.
+            DeadlineExceeded: No answer in time; whether they were taken is not known, and nothing
+                is kept. `info` and `pull` tell; the same call again is another upload.
         """
-        body = encode(params, self._master)
-        headers = dict(_BINARY)
-        if first_only:
-            headers["If-None-Match"] = "*"
-        self._replace("params", headers, body)
+        self._replace("params", encode(params, self._master), first_only=first_only)
 
     def state(self) -> State:
         """The whole optimizer state."""
         path = path_of(self.id, "state")
         return self._run(
             lambda timeout: self._calls.send(
-                "GET", path, _state, timeout, headers={"Accept": SAFETENSORS}
+                "GET", path, state_of, timeout, headers={"Accept": SAFETENSORS}
             )
         )
 
     def set_state(self, state: State) -> None:
-        """Replaces the whole optimizer state; the parameters stay and a new epoch begins."""
+        """Replaces the whole optimizer state; the parameters stay and a new epoch begins.
+
+        Replaced once, and with the same errors, as `set_params` says.
+        """
         facts = {
             "counts": json.dumps(state.counts),
             "step": str(state.step),
             "rule": state.rule,
         }
-        body = encode(state.tensors, self._master, facts)
-        self._replace("state", _BINARY, body)
+        self._replace("state", encode(state.tensors, self._master, facts))
 
     def delete(self) -> None:
         """Ends the session on the server, for every worker."""
@@ -375,7 +419,10 @@ class Session:
         return self._retrier.retries
 
     def close(self) -> None:
-        """Waits for what runs in the background and closes the connections; the session stays."""
+        """Waits for what runs in the background and closes the connections; the session stays.
+
+        Sends nothing: a push that is still pending is dropped, so settle it before.
+        """
         with self._lock:
             self._closed = True
             thread, self._thread = self._thread, None
@@ -400,18 +447,65 @@ class Session:
     def _answered(self, answer: Answer, into: Buffer | None) -> tuple[Summary, Params | None]:
         """The summary of a push, and the parameters if the server sent them."""
         if (answer.headers.get("Content-Type") or "").startswith(JSON):
-            return Summary.of(read_json(answer)), None
-        received, said = _tensors(answer, into)
+            return summary_of(answer), None
+        received, said = tensors_of(answer, into)
+        summary = Summary.of(json.loads(said[SUMMARY]))
         self._pulled(said)
-        return Summary.of(json.loads(said[SUMMARY])), received.tensors
+        return summary, received.tensors
 
-    def _push_of(
+    def _push(
         self,
         grads: Tensors,
         loss: float | None,
         base: Version | None,
-        more: Sequence[tuple[str, str]],
-    ) -> tuple[str, list[Part]]:
+        read: Callable[[Answer], T],
+        headers: Mapping[str, str],
+        asked: str = "",
+    ) -> T:
+        """Sends a push after those that are pending; kept if it ends with its fate unknown."""
+        end = self._retrier.end()
+        if self._unsettled:
+            self._settle_all(end)
+        push = self._push_of(grads, loss, base)
+        tries = Tries(
+            lambda timeout: self._calls.send(
+                "POST", push.path + asked, read, timeout, headers=headers, body=push.body
+            )
+        )
+        try:
+            return self._run(tries, end=end)
+        except BaseException as error:  # an interrupt, too, may come after the server has acted
+            if tries.unsettled(error):
+                self._unsettled.keep(push)
+                if isinstance(error, DeadlineExceeded):
+                    error.keep(push.sequence)
+                else:
+                    error.add_note(f"Push {push.sequence} may have been applied; call settle().")
+            raise
+
+    def _settle_all(self, end: float) -> None:
+        """Makes way for the next push."""
+        try:
+            while self._unsettled:
+                self._settle(end)
+            if self._retrier.left_s(end) <= 0:
+                raise DeadlineExceeded("Settling the push before this one took all the time.")
+        except GradpostError as error:
+            error.add_note("The gradient of this call was not sent.")
+            raise
+
+    def _settle(self, end: float) -> Summary | None:
+        return self._unsettled.settle(
+            lambda push: self._run(
+                lambda timeout: self._calls.send(
+                    "POST", push.path, summary_of, timeout, headers=_BINARY, body=push.body
+                ),
+                end=end,
+            ),
+            self._retrier.left_s(end),
+        )
+
+    def _push_of(self, grads: Tensors, loss: float | None, base: Version | None) -> Push:
         body = encode(grads, self._master, one_dtype=True)
         with self._lock:
             base = base or self.version
@@ -426,66 +520,74 @@ class Session:
             ("worker", self.worker),
             ("sequence", str(sequence)),
             ("base_version", format_version(*base)),
-            *more,
         ]
+        if self._incarnation is not None:
+            query.append(("incarnation", self._incarnation))
         if loss is not None:
             query.append(("loss", repr(float(loss))))
-        return path_of(self.id, "steps", query=query), body
+        return Push(sequence, path_of(self.id, "steps", query=query), body)
 
-    def _run(self, attempt: Callable[[float], T], *, final: tuple[str, ...] = ()) -> T:
-        if self._closed and threading.current_thread().name.partition("_")[0] != "gradpost":
+    def _run(
+        self,
+        attempt: Callable[[float], T],
+        *,
+        final: tuple[str, ...] = (),
+        end: float | None = None,
+    ) -> T:
+        self._check_open()
+        return self._retrier.run(attempt, final=final, end=end)
+
+    def _check_open(self) -> None:
+        if self._closed and not getattr(self._admitted, "now", False):
             raise ClosedError("This session object was closed; attach again.")
-        return self._retrier.run(attempt, final=final)
 
     def _document(
         self, method: str, path: str, value: Any = None, needs: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         return self._run(lambda timeout: self._calls.document(method, path, timeout, value, needs))
 
-    def _replace(self, what: str, headers: Mapping[str, str], body: Sequence[Part]) -> None:
-        """Uploads parameters or state and takes the version that results."""
-        path = path_of(self.id, what)
+    def _replace(self, what: str, body: Sequence[Part], *, first_only: bool = False) -> None:
+        """Uploads parameters or state, once, and takes the version that results."""
 
-        def read(answer: Answer) -> tuple[int, int]:
-            found = members(answer, ("epoch", "version"))
-            return int(found["epoch"]), int(found["version"])
+        def look(timeout: float) -> Base:
+            return Base(*self._calls.send("GET", path_of(self.id), version_of, timeout))
 
-        version = self._run(
-            lambda timeout: self._calls.send("PUT", path, read, timeout, headers=headers, body=body)
-        )
+        def put(condition: Mapping[str, str], timeout: float) -> Version:
+            headers = {**_BINARY, **condition}
+            path = path_of(self.id, what)
+            return self._calls.send("PUT", path, version_of, timeout, headers=headers, body=body)
+
+        if first_only:
+            version = self._run(lambda timeout: put({"If-None-Match": "*"}, timeout))
+        else:
+            version = self._run(Upload(look, put))
         with self._lock:
             self.version = version
 
     def _later(self, call: Callable[[], T]) -> "Future[T]":
+        """Queues a call, which `close` lets run to its end."""
+
+        def admitted() -> T:
+            self._admitted.now = True
+            try:
+                return call()
+            finally:
+                self._admitted.now = False
+
         with self._lock:
             if self._closed:
                 raise ClosedError("This session object was closed; attach again.")
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="gradpost")
-            return self._thread.submit(call)
+            return self._thread.submit(admitted)
 
     def _note(self, found: Mapping[str, Any]) -> None:
-        """Takes the dtype from a description."""
+        """Takes the dtype and the incarnation from a description."""
         self._master = str(found["dtype"])
+        if self._incarnation is None:  # later only with parameters: a gradient is of those
+            self._incarnation = found.get("incarnation")
 
     def _pulled(self, said: Mapping[str, str]) -> None:
         with self._lock:
             self.version = (int(said[EPOCH]), int(said[VERSION]))
-
-
-def _state(answer: Answer) -> State:
-    received = decode(answer, None)
-    facts = received.metadata
-    counts = {str(name): int(count) for name, count in json.loads(facts["counts"]).items()}
-    return State(received.tensors, counts, int(facts["step"]), facts["rule"])
-
-
-def _tensors(answer: Answer, into: Buffer | None) -> tuple[Received, dict[str, str]]:
-    """Tensors of an answer, and the headers that say what they are."""
-    said = {name: answer.headers.get(name) for name in (EPOCH, VERSION, SUMMARY)}
-    if said[EPOCH] is None or said[VERSION] is None:
-        raise TransportError("The answer names no version; is this a gradpost server?")
-    received = decode(answer, None if into is None else into.flat)
-    if into is not None:
-        into.flat = received.buffer
-    return received, {name: text for name, text in said.items() if text is not None}
+            self._incarnation = said.get(INCARNATION, self._incarnation)

@@ -18,9 +18,12 @@ class Summary:
         identified: True if the push may be retried freely.
         staleness: Versions between the gradient's base and the parameters it was applied to.
         lr: The learning rate of this update.
-        grad_norm: Of the whole gradient; None if it was not finite.
+        grad_norm: Of the whole gradient before clipping; None if it was not finite.
+        clipped: True if clipping made it smaller.
         skipped: "nonfinite", or None.
         params_finite: False if a parameter became infinite or NaN.
+        update_norm: Of the change of all parameters; None unless the session measures norms.
+        param_norm: Of all parameters after it; None unless the session measures norms.
     """
 
     step: int
@@ -32,8 +35,11 @@ class Summary:
     staleness: int
     lr: float
     grad_norm: float | None
+    clipped: bool
     skipped: str | None
     params_finite: bool
+    update_norm: float | None
+    param_norm: float | None
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Summary":

@@ -13,6 +13,7 @@ PROBLEM = "application/problem+json"
 EPOCH = "Gradpost-Epoch"
 VERSION = "Gradpost-Version"
 STEP = "Gradpost-Step"
+INCARNATION = "Gradpost-Incarnation"
 SUMMARY = "Gradpost-Summary"
 REQUEST_ID = "X-Request-Id"
 
@@ -21,10 +22,10 @@ PROBLEM_PREFIX = "/problems/"
 _FINAL = (
     "bad-request invalid-json key-missing key-required key-wrong origin-refused session-unknown "
     "not-found method-not-allowed not-acceptable spec-differs structural too-old worker-retired "
-    "epoch-changed version-unknown stale-gradient params-missing device-unavailable session-gone "
-    "length-required precondition-failed body-too-large unsupported-media-type "
-    "unsupported-encoding invalid-request not-supported-yet invalid-tensors tensor-mismatch "
-    "nonfinite key-reused too-many-workers insufficient-memory"
+    "epoch-changed version-unknown stale-gradient params-missing average-missing "
+    "device-unavailable session-gone length-required precondition-failed body-too-large "
+    "unsupported-media-type unsupported-encoding invalid-request not-supported-yet "
+    "invalid-tensors tensor-mismatch nonfinite key-reused too-many-workers insufficient-memory"
 ).split()
 _RETRYABLE = (
     "request-timeout in-flight version-pending too-many-sessions overloaded internal shutting-down"
@@ -37,6 +38,7 @@ PROBLEMS: Mapping[str, bool] = MappingProxyType(
 
 __all__ = [
     "EPOCH",
+    "INCARNATION",
     "JSON",
     "MAX_HEADER_BYTES",
     "OCTET",

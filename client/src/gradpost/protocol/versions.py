@@ -3,6 +3,7 @@
 import re
 
 _TEXT = re.compile(r"(?:([0-9]{1,19})-)?([0-9]{1,19})")
+_TAG = re.compile(r'"(?:epoch-([0-9]{1,19})|([0-9]{1,19})-([0-9]{1,19})(?:-[^"]*)?)"')
 _LIMIT = 1 << 63
 
 
@@ -34,3 +35,22 @@ def parse_version(value: str | int) -> tuple[int, int]:
 def etag(epoch: int, version: int, representation: str) -> str:
     """The strong entity tag of one representation of one version."""
     return f'"{epoch}-{version}-{representation}"'
+
+
+def epoch_tag(epoch: int) -> str:
+    """What If-Match names for any version of an epoch."""
+    return f'"epoch-{epoch}"'
+
+
+def parse_tag(tag: str) -> tuple[int, int | None]:
+    """What If-Match asks for: `"1-7"` or an `etag` of it → `(1, 7)`; `"epoch-3"` → `(3, None)`.
+
+    Raises:
+        ValueError: It names no version.
+    """
+    match = _TAG.fullmatch(tag)
+    if match is None:
+        raise ValueError(f"{tag[:80]!r} names no version.")
+    if match[1]:
+        return int(match[1]), None
+    return int(match[2]), int(match[3])

@@ -1,0 +1,66 @@
+"""What the answers of a session hold."""
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradpost.calls import members, read_json
+from gradpost.errors import TransportError
+from gradpost.protocol import EPOCH, INCARNATION, SUMMARY, VERSION
+from gradpost.summary import Summary
+from gradpost.tensors import Received, decode
+from gradpost.transport import Answer
+
+Params = dict[str, NDArray[Any]]
+Version = tuple[int, int]
+
+
+class State(NamedTuple):
+    """The optimizer state: `<slot>/<tensor>` → array, and how often each tensor was updated."""
+
+    tensors: Params
+    counts: dict[str, int]
+    step: int
+    rule: str
+
+
+class Buffer:
+    """Memory for pulled parameters, to be used again: pass it as `into`."""
+
+    def __init__(self) -> None:
+        self.flat: NDArray[np.uint8] | None = None
+
+
+def summary_of(answer: Answer) -> Summary:
+    """What a push did."""
+    return Summary.of(read_json(answer))
+
+
+def version_of(answer: Answer) -> Version:
+    """Where the session is, or what an upload resulted in."""
+    found = members(answer, ("epoch", "version"))
+    return int(found["epoch"]), int(found["version"])
+
+
+_SAID = (EPOCH, VERSION, INCARNATION, SUMMARY)
+
+
+def state_of(answer: Answer) -> State:
+    """The optimizer state."""
+    received = decode(answer, None)
+    facts = received.metadata
+    counts = {str(name): int(count) for name, count in json.loads(facts["counts"]).items()}
+    return State(received.tensors, counts, int(facts["step"]), facts["rule"])
+
+
+def tensors_of(answer: Answer, into: Buffer | None) -> tuple[Received, dict[str, str]]:
+    """Tensors of an answer, and the headers that say what they are."""
+    said = {name: answer.headers.get(name) for name in _SAID}
+    if said[EPOCH] is None or said[VERSION] is None:
+        raise TransportError("The answer names no version; is this a gradpost server?")
+    received = decode(answer, None if into is None else into.flat)
+    if into is not None:
+        into.flat = received.buffer
+    return received, {name: text for name, text in said.items() if text is not None}

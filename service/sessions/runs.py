@@ -1,0 +1,80 @@
+"""Stretches of layout neighbours that have been updated alike: one kernel run each."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from service.sessions.layout import Entry, Span
+
+
+class Run(NamedTuple):
+    """The entries first to last (exclusive), elements lo to hi of the flat vector.
+
+    All of them have had `updates` updates, and have the same `scalars` of their rule.
+    """
+
+    first: int
+    last: int
+    lo: int
+    hi: int
+    updates: int = 0
+    scalars: tuple[float, ...] = ()
+
+
+def whole(span: Span) -> tuple[Run, ...]:
+    """The one run of a group that was never updated; none if it has no tensors."""
+    return (Run(*span),) if span.last > span.first else ()
+
+
+def cut(
+    runs: Sequence[Run], present: Sequence[bool], entries: Sequence[Entry]
+) -> list[tuple[Run, bool]]:
+    """The runs, cut wherever tensors that came and tensors that did not are neighbours.
+
+    Args:
+        runs: Of one group.
+        present: For each entry of the layout, whether its gradient came.
+        entries: Of the layout.
+
+    Returns:
+        Each piece, and whether its gradients came.
+    """
+    pieces = []
+    for run in runs:
+        first = run.first
+        for at in range(run.first + 1, run.last + 1):
+            if at == run.last or present[at] != present[first]:
+                pieces.append((_part(run, first, at, entries), present[first]))
+                first = at
+    return pieces
+
+
+def _part(run: Run, first: int, last: int, entries: Sequence[Entry]) -> Run:
+    end = entries[last - 1]
+    return run._replace(first=first, last=last, lo=entries[first].offset, hi=end.offset + end.size)
+
+
+def joined(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The runs, those joined that are neighbours and have been updated alike."""
+    found: list[Run] = []
+    for run in runs:
+        if found and found[-1].last == run.first and found[-1][4:] == run[4:]:
+            found[-1] = found[-1]._replace(last=run.last, hi=run.hi)
+        else:
+            found.append(run)
+    return tuple(found)
+
+
+def of(
+    span: Span,
+    entries: Sequence[Entry],
+    updates: Sequence[int],
+    scalars: Sequence[tuple[float, ...]],
+) -> tuple[Run, ...]:
+    """The runs of a group whose tensors have these updates and scalars, one of each per entry."""
+    single = Run(*span)
+    return joined(
+        [
+            _part(single, at, at + 1, entries)._replace(updates=updates[at], scalars=scalars[at])
+            for at in range(span.first, span.last)
+        ]
+    )

@@ -1,0 +1,329 @@
+"""One update: from a validated gradient to new parameters and state, in the order of DESIGN §6."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gradpost.protocol.dtypes import NUMPY
+from kernels import average, cpu, reduce
+from service.schemas import Terms
+from service.schemas.around import Clip
+from service.sessions import runs as stretches
+from service.sessions.arena import Arena, Array, Ruled
+from service.sessions.lane import Program
+from service.sessions.runs import Run
+
+Thunk = Callable[[], Any]
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Sums(NamedTuple):
+    """What the gradient amounts to, before anything is divided or clipped."""
+
+    norm: float
+    by_group: tuple[float, ...]
+    largest: float
+
+
+class Move(NamedTuple):
+    """How one group takes its gradient in one update."""
+
+    terms: Terms
+    lr: float
+    factor: float
+    limit: float | None
+
+
+class Step(NamedTuple):
+    """One kernel run, ready to start."""
+
+    group: Ruled
+    run: Run
+    after: Run
+    kernel: cpu.Kernel
+    h: Array
+
+
+class Work(NamedTuple):
+    """A whole update: what runs, and which stretches stay as they are."""
+
+    steps: tuple[Step, ...]
+    kept: tuple[tuple[Ruled, Run], ...]
+
+
+class Done(NamedTuple):
+    """What an update left behind."""
+
+    finite: bool
+    update_norm: float | None
+    param_norm: float | None
+
+
+def examining(
+    arena: Arena, terms: Sequence[Terms], flat: Array, dtype: str
+) -> list[tuple[int, Thunk]]:
+    """Thunks that each give (sums of squares, largest element) of a part of one group.
+
+    What is frozen counts for nothing; the largest element is looked for only where it matters.
+    """
+    found: list[tuple[int, Thunk]] = []
+    for index, (group, one) in enumerate(zip(arena.groups, terms, strict=True)):
+        size = group.span.hi - group.span.lo
+        if one.frozen or not size:
+            continue
+        part = flat[group.span.lo : group.span.hi]
+        bounded = one.clip is not None and one.clip.value is not None
+        found += [
+            (index, partial(_examine, part, dtype, lo, hi, bounded=bounded))
+            for lo, hi in cpu.chunks(0, size)
+        ]
+    return found
+
+
+def _examine(part: Array, dtype: str, lo: int, hi: int, *, bounded: bool) -> tuple[Array, float]:
+    largest = reduce.largest(part[lo:hi], dtype) if bounded else 0.0
+    return reduce.sumsq(part, dtype, lo, hi), largest
+
+
+def summed(groups: int, parts: Sequence[tuple[int, tuple[Array, float]]]) -> Sums:
+    """Norms of the whole gradient and of each group's, added in layout order."""
+    sums: list[list[Array]] = [[] for _ in range(groups)]
+    for index, (blocks, _) in parts:
+        sums[index].append(blocks)
+    largest = max([largest for _, (_, largest) in parts], default=0.0)
+    if groups == 1:
+        norm = _root(sums[0])
+        return Sums(norm, (norm,), largest)
+    every = [blocks for one in sums for blocks in one]
+    return Sums(_root(every), tuple(_root(one) for one in sums), largest)
+
+
+def _root(blocks: Sequence[Array]) -> float:
+    if not blocks:
+        return 0.0
+    return math.sqrt(reduce.total(blocks[0] if len(blocks) == 1 else np.concatenate(blocks)))
+
+
+def moves(
+    terms: Sequence[Terms], sums: Sums, scale: float, lr_factor: float, shrink: float
+) -> tuple[Move, ...]:
+    """What each group does: its learning rate, and what its gradient is multiplied by.
+
+    Args:
+        terms: Effective for this update.
+        sums: Of the gradient as it came.
+        scale: What the gradient is divided by.
+        lr_factor: Of the schedule.
+        shrink: What the learning rate is divided by, for staleness.
+    """
+    found = []
+    for index, one in enumerate(terms):
+        lr = float(one.hyper["lr"]) * (1.0 if one.stated_lr else lr_factor) / shrink
+        clip = one.clip
+        factor, limit = 1.0 / scale, None
+        if clip is not None and clip.value is not None:
+            limit = clip.value * scale
+        elif clip is not None:
+            bound, norm = clip.group_norm, sums.by_group[index] / scale
+            if isinstance(clip, Clip) and clip.global_norm is not None:
+                bound, norm = clip.global_norm, sums.norm / scale
+            assert bound is not None
+            factor *= min(1.0, bound / (norm + 1e-6))
+        found.append(Move(one, lr, factor, limit))
+    return tuple(found)
+
+
+def clipped(chosen: Sequence[Move], sums: Sums, scale: float) -> bool:
+    """Whether any gradient was made smaller."""
+    for move in chosen:
+        if move.terms.clip is None or move.terms.frozen:
+            continue
+        if move.factor < 1.0 / scale or (move.limit is not None and sums.largest > move.limit):
+            return True
+    return False
+
+
+def kernel_of(one: Terms, group: Ruled, master: str, grad: str) -> tuple[str, str, str, bool]:
+    """Which compiled loop a group needs: variant, dtypes, and whether it clips by value."""
+    bounded = one.clip is not None and one.clip.value is not None
+    return group.rule.variant(one.hyper), master, grad, bounded
+
+
+def ready(arena: Arena, terms: Sequence[Terms], master: str, grad: str) -> bool:
+    """Whether everything that an update runs is compiled."""
+    for group, one in zip(arena.groups, terms, strict=True):
+        variant, _, _, bounded = kernel_of(one, group, master, grad)
+        if not one.frozen and not cpu.ready(variant, master, grad, clamped=bounded):
+            return False
+    return reduce.ready(grad)
+
+
+def compile_all(arena: Arena, terms: Sequence[Terms], master: str, *, norms: bool) -> None:
+    """Loads what the next push is likely to need, so that it is not the one that waits."""
+    for group, one in zip(arena.groups, terms, strict=True):
+        variant, _, grad, bounded = kernel_of(one, group, master, master)
+        cpu.kernel(variant, master, grad, clamped=bounded)
+    reduce.warm([master])
+    if arena.average is not None:
+        average.warm(master)
+    if norms:
+        reduce.warm_change(master)
+
+
+def prepare(
+    arena: Arena, chosen: Sequence[Move], master: str, grad: str, present: Sequence[bool] | None
+) -> Work:
+    """Everything that may fail (a compiler, an allocation), before the first write.
+
+    Args:
+        arena: Only read.
+        chosen: For each group.
+        master: The session's dtype.
+        grad: Of the gradient.
+        present: For each entry of the layout, whether it came; None: all.
+    """
+    steps: list[Step] = []
+    kept: list[tuple[Ruled, Run]] = []
+    for group, move in zip(arena.groups, chosen, strict=True):
+        if move.terms.frozen:
+            kept += [(group, run) for run in group.runs]
+            continue
+        pieces = (
+            [(run, True) for run in group.runs]
+            if present is None
+            else stretches.cut(group.runs, present, arena.layout.entries)
+        )
+        kept += [(group, run) for run, came in pieces if not came]
+        variant, _, _, bounded = kernel_of(move.terms, group, master, grad)
+        loop = cpu.kernel(variant, master, grad, clamped=bounded)
+        steps += [_step(group, run, move, loop, master) for run, came in pieces if came]
+    return Work(tuple(steps), tuple(kept))
+
+
+def _step(group: Ruled, run: Run, move: Move, loop: cpu.Kernel, master: str) -> Step:
+    rule, hyper, lr = group.rule, move.terms.hyper, move.lr
+    scalars = run.scalars if run.updates else rule.start(hyper, lr)
+    *most, sign = rule.coefficients(hyper, run.updates, lr, scalars)
+    # The gradient's own factor rides on the coefficient that turns its sign.
+    values = [*most, sign * move.factor]
+    if move.limit is not None:
+        values.append(move.limit)
+    if master == "F32" and not (-_LARGEST <= min(values) and max(values) <= _LARGEST):
+        with np.errstate(over="ignore"):  # as in torch: a product of hyperparameters may overflow
+            h = np.array(values, np.float32)
+    else:
+        h = np.array(values, NUMPY[master])
+    scalars = rule.advance(hyper, run.updates, lr, scalars)
+    after = Run(run.first, run.last, run.lo, run.hi, run.updates + 1, scalars)
+    if not run.updates:
+        _start_at(group, run, lr)
+    return Step(group, run, after, loop, h)
+
+
+def _start_at(group: Ruled, run: Run, lr: float) -> None:
+    """Fills what begins at the learning rate of a tensor's first update; nobody has read it yet."""
+    for slot, array in zip(group.slots, group.state, strict=True):
+        if slot.initial is None:
+            array[run.lo - group.span.lo : run.hi - group.span.lo] = lr
+
+
+def perform(
+    arena: Arena,
+    work: Work,
+    before: Array,
+    after: Array,
+    flat: Array,
+    *,
+    decay: float | None,
+    norms: bool,
+) -> Program[Done]:
+    """Writes the next parameters and the state; once begun it must come to its end.
+
+    Args:
+        arena: Its state, runs and average are updated in place.
+        work: As prepared.
+        before: The parameters; may be `after` itself.
+        after: Receives the new ones.
+        flat: The gradient, in layout order.
+        decay: Of the average, if one is kept.
+        norms: Measure the change and the result.
+    """
+    thunks: list[Thunk] = []
+    for step in work.steps:
+        thunks += _running(step, before, after, flat, norms=norms)
+    if before is not after:
+        thunks += [
+            partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi])
+            for _, run in work.kept
+        ]
+    results: list[Any] = yield thunks
+    changes = [blocks for done in results if done is not None for blocks in done[1]]
+    finite = all(done[0] for done in results if done is not None)
+    _advance(work)
+    dtype = "F64" if after.dtype == np.float64 else "F32"
+    if arena.average is not None and decay is not None:
+        yield [
+            partial(average.ema, after, arena.average, decay, dtype, lo, hi)
+            for lo, hi in cpu.chunks(0, arena.size)
+        ]
+    if not norms:
+        return Done(finite, None, None)
+    sums = yield [
+        partial(reduce.sumsq, after, dtype, lo, hi) for lo, hi in cpu.chunks(0, arena.size)
+    ]
+    return Done(finite, _finite(_root(changes)), _finite(_root(sums)))
+
+
+def _advance(work: Work) -> None:
+    """Notes that the tensors of a finished update have had it."""
+    if len(work.steps) == 1 and not work.kept:
+        step = work.steps[0]
+        step.group.runs = (step.after,)
+        return
+    groups = {id(step.group): step.group for step in work.steps}
+    for group in groups.values():
+        parts = [step.after for step in work.steps if step.group is group]
+        parts += [run for other, run in work.kept if other is group]
+        parts.sort(key=lambda run: run.first)
+        group.runs = stretches.joined(parts)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _running(step: Step, before: Array, after: Array, flat: Array, *, norms: bool) -> list[Thunk]:
+    """The kernel over one run, in chunks; each thunk gives (finite, sums of squared changes)."""
+    span = step.group.span
+    source = before[span.lo : span.hi]
+    target = source if before is after else after[span.lo : span.hi]
+    grads = flat[span.lo : span.hi]
+    run = _measured if norms else _plain
+    return [
+        partial(run, step.kernel, source, target, grads, step.group.state, step.h, lo, hi)
+        for lo, hi in cpu.chunks(step.run.lo - span.lo, step.run.hi - span.lo)
+    ]
+
+
+def _plain(
+    kernel: cpu.Kernel, source: Array, target: Array, grads: Array,
+    state: tuple[Array, ...], h: Array, lo: int, hi: int,
+) -> tuple[bool, list[Array]]:  # fmt: skip
+    return kernel(source, target, grads, state, h, lo, hi), []
+
+
+def _measured(
+    kernel: cpu.Kernel, source: Array, target: Array, grads: Array,
+    state: tuple[Array, ...], h: Array, lo: int, hi: int,
+) -> tuple[bool, list[Array]]:  # fmt: skip
+    """Block by block, while what was there before is still in the cache."""
+    finite, changes = True, []
+    for start in range(lo, hi, reduce.BLOCK):
+        end = min(start + reduce.BLOCK, hi)
+        was = source[start:end].copy()
+        finite &= kernel(source, target, grads, state, h, start, end)
+        changes.append(reduce.sumsq_change(target[start:end], was, kernel.master, 0, end - start))
+    return finite, changes
