@@ -17,6 +17,7 @@ from gradpost.inprocess import InProcess
 from gradpost.retry import Attempt, RetryPolicy
 from gradpost.session import Session
 from gradpost.summary import Summary
+from gradpost.tensors import bf16
 
 __version__ = "0.1.0"
 
@@ -39,4 +40,5 @@ __all__ = [
     "Summary",
     "TransportError",
     "__version__",
+    "bf16",
 ]

@@ -78,7 +78,7 @@ class Calls:
         body: list[Part] = []
         headers = {}
         if value is not None:
-            body = [json.dumps(value, allow_nan=False).encode()]
+            body = [_json(value)]
             headers["Content-Type"] = JSON
         return self.send(
             method, path, lambda answer: members(answer, needs), timeout_s,
@@ -114,6 +114,20 @@ def members(answer: Answer, needs: tuple[str, ...]) -> dict[str, Any]:
     for name in needs:
         found[name]
     return found
+
+
+def _json(value: Any) -> bytes:
+    """A JSON body; NumPy's scalars are numbers."""
+    try:
+        return json.dumps(value, allow_nan=False, default=_plain).encode()
+    except ValueError:
+        raise ValueError(f"JSON has no NaN and no infinity: {value!r}") from None
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"{value!r} is no number, text, list or mapping of JSON.")
 
 
 def _refusal(answer: Answer) -> RefusedError:

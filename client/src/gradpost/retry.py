@@ -1,5 +1,6 @@
 """Sending the same bytes again, until an answer settles what they did."""
 
+import logging
 import random
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import NamedTuple, TypeVar
 from gradpost.errors import DeadlineExceeded, GradpostError, RefusedError
 
 T = TypeVar("T")
+LOG = logging.getLogger("gradpost")
 
 
 class Attempt(NamedTuple):
@@ -104,6 +106,9 @@ class Retrier:
                 count += 1
                 with self._lock:
                     self.retries += 1
+                if count == 1:
+                    left = max(self.left_s(end), 0.0)
+                    LOG.warning("%s Trying again, for %.0f s at most.", error, left)
                 if policy.on_retry is not None:
                     policy.on_retry(Attempt(count, error, delay))
                 policy.sleep(delay)

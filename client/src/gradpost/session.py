@@ -1,6 +1,7 @@
 """A session on a server, as a trainer uses it: push gradients, pull parameters."""
 
 import json
+import math
 import os
 import re
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlencode
+
+import numpy as np
 
 from gradpost.answers import (
     Buffer,
@@ -20,18 +23,28 @@ from gradpost.answers import (
     tensors_of,
     version_of,
 )
-from gradpost.calls import Calls, path_of
+from gradpost.calls import Calls, members, path_of
 from gradpost.errors import (
     ClosedError,
     DeadlineExceeded,
     GradpostError,
     NotPulled,
     PreconditionFailed,
+    RefusedError,
     SessionGone,
+    refusal,
 )
 from gradpost.http import Http
 from gradpost.pending import Push, Tries, Unsettled
-from gradpost.protocol import EPOCH, INCARNATION, JSON, SAFETENSORS, SUMMARY, VERSION
+from gradpost.protocol import (
+    EPOCH,
+    INCARNATION,
+    JSON,
+    PROBLEM_PREFIX,
+    SAFETENSORS,
+    SUMMARY,
+    VERSION,
+)
 from gradpost.protocol.versions import format_version
 from gradpost.retry import Retrier, RetryPolicy
 from gradpost.summary import Summary
@@ -39,6 +52,7 @@ from gradpost.tensors import Tensors, encode
 from gradpost.transport import Answer, Part, Transport
 from gradpost.uploads import Base, Upload
 
+Overrides = Mapping[str, Mapping[str, Any]]
 T = TypeVar("T")
 
 _BINARY = {"Content-Type": SAFETENSORS}
@@ -57,6 +71,7 @@ class Session:
     Attributes:
         id: The session's id on the server.
         worker: This trainer's id, new for each incarnation.
+        attached: True if `create` found the session there; its parameters are then not yours.
         version: (epoch, version) of the parameters pulled last, or that this object's last upload
             resulted in; gradients count as computed there. None before that.
     """
@@ -76,6 +91,7 @@ class Session:
         self._close_transport = close_transport
         prefix = re.sub(r"[^A-Za-z0-9._-]", "-", worker or "worker")[:100]
         self.worker = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        self.attached = False
         self.version: Version | None = None
         self._calls = Calls(transport, api_key)
         self._retrier = Retrier(policy or RetryPolicy(), seed)
@@ -100,6 +116,12 @@ class Session:
         dtype: str | None = None,
         update: Mapping[str, Any] | None = None,
         on_nonfinite: str | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        clip: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        ema: Mapping[str, Any] | None = None,
+        norms: bool | None = None,
+        missing: str | None = None,
         api_key: str | None = None,
         worker: str | None = None,
         policy: RetryPolicy | None = None,
@@ -120,6 +142,14 @@ class Session:
             dtype: Of parameters and state on the server, F32 (default) or F64.
             update: As {"max_staleness": 8}.
             on_nonfinite: "refuse" (default) or "skip".
+            groups: Of tensors with hyperparameters of their own: [{"params": ["*.bias"],
+                "weight_decay": 0.0}].
+            clip: As {"global_norm": 1.0}.
+            schedule: Of the learning rate, as {"kind": "cosine", "total_steps": 10000}.
+            ema: As {"decay": 0.999}: keep an average of the parameters, pulled as of="ema".
+            norms: Measure update_norm and param_norm too.
+            missing: A push without some tensors is refused ("refuse", the default), or they stay
+                as they are ("skip").
             api_key: The server's key; the environment's GRADPOST_API_KEY where None.
             worker: A name for this trainer; a random part is appended.
             policy: Deadlines and retries.
@@ -136,12 +166,17 @@ class Session:
             raise TypeError("Give rule='adam' with its hyperparameters, or optimizer={...}.")
         chosen = dict(optimizer) if optimizer is not None else {"rule": rule, **hyperparameters}
         spec: dict[str, Any] = {"optimizer": chosen}
-        stated = {"dtype": dtype, "update": update, "on_nonfinite": on_nonfinite}
+        stated = {
+            "dtype": dtype, "update": update, "on_nonfinite": on_nonfinite, "groups": groups,
+            "clip": clip, "schedule": schedule, "ema": ema, "norms": norms, "missing": missing,
+        }  # fmt: skip
         spec.update({name: value for name, value in stated.items() if value is not None})
         session = cls._open(
             url, id or uuid.uuid4().hex, proxy, ca_certs, api_key, worker, policy, seed
         )
-        session._note(session._document("PUT", path_of(session.id), spec, ("dtype",)))
+        found = session._document("PUT", path_of(session.id), spec, ("dtype",))
+        session._note(found)
+        session.attached = bool(found.get("attached"))
         if params is not None:
             session._initialise(params)
         return session
@@ -166,6 +201,7 @@ class Session:
         """
         session = cls._open(url, id, proxy, ca_certs, api_key, worker, policy, seed)
         session.info()
+        session.attached = True
         return session
 
     @classmethod
@@ -200,6 +236,8 @@ class Session:
         *,
         loss: float | None = None,
         base_version: Version | None = None,
+        overrides: Overrides | None = None,
+        grad_scale: float | None = None,
     ) -> Summary:
         """Posts a gradient; returns when it was applied, exactly once.
 
@@ -208,9 +246,11 @@ class Session:
 
         Args:
             grads: Name → array, every tensor of the session, in any order.
-            loss: For the history.
+            loss: For the history; left out there if it is not finite.
             base_version: Of the parameters the gradient was computed from; those pulled last where
                 None.
+            overrides: Hyperparameters of this update, as {"default": {"lr": 0.1}}, by group.
+            grad_scale: The gradient is divided by it.
 
         Raises:
             NotPulled: Nothing was pulled or uploaded yet, and `base_version` is not given.
@@ -220,7 +260,8 @@ class Session:
             DeadlineExceeded: No answer in time; the push is pending (`kept` is its sequence), so
                 do not push this gradient again. If `kept` is None it was not sent.
         """
-        return self._push(grads, loss, base_version, summary_of, _BINARY)
+        control = _control(overrides, grad_scale)
+        return self._push(grads, loss, base_version, control, summary_of, _BINARY)
 
     def push_pull(
         self,
@@ -228,6 +269,8 @@ class Session:
         *,
         loss: float | None = None,
         base_version: Version | None = None,
+        overrides: Overrides | None = None,
+        grad_scale: float | None = None,
         into: Buffer | None = None,
         dtype: str | None = None,
     ) -> tuple[Summary, Params]:
@@ -240,6 +283,8 @@ class Session:
             grads: As for `push`.
             loss: For the history.
             base_version: As for `push`.
+            overrides: As for `push`.
+            grad_scale: As for `push`.
             into: Memory to use again; arrays returned earlier with it are overwritten.
             dtype: Of the answer: F32, F64, F16, BF16 (as uint16), or model.
 
@@ -251,6 +296,7 @@ class Session:
             grads,
             loss,
             base_version,
+            _control(overrides, grad_scale),
             lambda answer: self._answered(answer, into),
             {**_BINARY, "Accept": SAFETENSORS},
             "" if dtype is None else "&" + urlencode({"dtype": dtype}),
@@ -296,27 +342,32 @@ class Session:
     def pull(
         self,
         *,
-        names: Sequence[str] | None = None,
+        names: Sequence[str] | str | None = None,
         dtype: str | None = None,
         min_version: Version | None = None,
         wait_s: float | None = None,
         into: Buffer | None = None,
+        of: str | None = None,
     ) -> Params:
         """Gets the newest parameters, whole and of one version.
 
         Args:
-            names: Only these tensors.
+            names: Only these tensors, or this one.
             dtype: F32, F64, F16, BF16 (as uint16), or model (each as it was uploaded).
             min_version: Nothing older than this (epoch, version).
             wait_s: How long the server may wait for `min_version`.
             into: Memory to use again; arrays returned earlier with it are overwritten.
+            of: "ema": the average of the parameters, where the session keeps one. Gradients go on
+                counting as computed where they were.
 
         Raises:
             VersionPending: `min_version` was not reached in time.
         """
-        query = [("names", name) for name in names or ()]
+        chosen = [names] if isinstance(names, str) else names or ()
+        query = [("names", name) for name in chosen]
         query += [("dtype", dtype)] if dtype else []
         query += [("min_version", format_version(*min_version))] if min_version else []
+        query += [("of", of)] if of else []
         headers = {"Accept": SAFETENSORS}
         if wait_s is not None:
             headers["Prefer"] = f"wait={wait_s:g}"
@@ -327,7 +378,8 @@ class Session:
             ),
             final=("version-pending",),
         )
-        self._pulled(said)
+        if of != "ema":
+            self._pulled(said)
         return received.tensors
 
     def push_async(self, grads: Tensors, **options: Any) -> "Future[Summary]":
@@ -361,6 +413,47 @@ class Session:
         query = [("limit", str(limit)), ("after_step", str(after_step))]
         path = path_of(self.id, "history", query=query)
         return list(self._document("GET", path, needs=("steps",))["steps"])
+
+    def schedule(self, steps: int = 100) -> dict[str, list[float]]:
+        """The learning rates of the next updates, by group, as the server's schedule has them."""
+        path = path_of(self.id, "schedule", query=[("steps", str(steps))])
+        found = self._document("GET", path, needs=("lr",))["lr"]
+        return {str(name): [float(rate) for rate in rates] for name, rates in found.items()}
+
+    def add_group(self, name: str, params: Tensors, **hyperparameters: Any) -> dict[str, Any]:
+        """Adds a group of new tensors; all others keep parameters, state and counts.
+
+        If the session has this very group already, its tensors stay as they are.
+
+        Args:
+            name: Of the group.
+            params: Name → array, its tensors.
+            hyperparameters: Its own; the session's hold for the rest.
+
+        Returns:
+            The server's description of the session.
+
+        Raises:
+            SpecDiffers: There is another group of this name.
+            TensorMismatch: A tensor that the session has already.
+        """
+        group = json.dumps({"name": name, **hyperparameters}, allow_nan=False)
+        path = path_of(self.id, "groups", query=[("group", group)])
+        body = encode(params, self._master)
+
+        def read(answer: Answer) -> tuple[int, dict[str, Any]]:
+            return answer.status, members(answer, ("epoch", "version", "dtype"))
+
+        status, found = self._run(
+            lambda timeout: self._calls.send(
+                "POST", path, read, timeout, headers=_BINARY, body=body
+            )
+        )
+        now = int(found["epoch"]), int(found["version"])
+        with self._lock:  # nobody pushed in between: the others are still those pulled last
+            if status == 201 and self.version == (now[0], now[1] - 1):
+                self.version = now
+        return found
 
     def set_params(self, params: Tensors, *, first_only: bool = False) -> None:
         """Uploads parameters, all or some; the moments stay and a new epoch begins.
@@ -404,6 +497,8 @@ class Session:
             "step": str(state.step),
             "rule": state.rule,
         }
+        if state.scalars:
+            facts["scalars"] = json.dumps({name: dict(own) for name, own in state.scalars.items()})
         self._replace("state", encode(state.tensors, self._master, facts))
 
     def delete(self) -> None:
@@ -438,11 +533,27 @@ class Session:
         self.close()
 
     def _initialise(self, params: Tensors) -> None:
-        """Uploads the parameters, unless another worker was first."""
+        """Uploads the parameters, unless another worker was first with the same tensors."""
         try:
             self.set_params(params, first_only=True)
-        except PreconditionFailed:
-            return  # the first one's parameters hold; pull them
+        except PreconditionFailed:  # the first one's parameters hold; pull them
+            self._check_layout(params)
+        except RefusedError:
+            if not self.attached:  # an empty session would stand in the way of the next attempt
+                self.delete()
+            raise
+
+    def _check_layout(self, params: Tensors) -> None:
+        rows = self._document("GET", path_of(self.id), needs=("layout",))["layout"]
+        theirs = {str(row["name"]): tuple(row["shape"]) for row in rows}
+        ours = {name: _shape(value) for name, value in params.items()}
+        if ours != theirs:
+            name, shape = min(ours.items() ^ theirs.items())
+            detail = (
+                f"Session {self.id!r} exists and its tensors are not those of params (one that "
+                f"differs: {name!r} of shape {list(shape)}); leave params out, or take another id."
+            )
+            raise refusal(409, {"type": f"{PROBLEM_PREFIX}spec-differs", "detail": detail})
 
     def _answered(self, answer: Answer, into: Buffer | None) -> tuple[Summary, Params | None]:
         """The summary of a push, and the parameters if the server sent them."""
@@ -458,6 +569,7 @@ class Session:
         grads: Tensors,
         loss: float | None,
         base: Version | None,
+        control: Sequence[tuple[str, str]],
         read: Callable[[Answer], T],
         headers: Mapping[str, str],
         asked: str = "",
@@ -466,7 +578,7 @@ class Session:
         end = self._retrier.end()
         if self._unsettled:
             self._settle_all(end)
-        push = self._push_of(grads, loss, base)
+        push = self._push_of(grads, loss, base, control)
         tries = Tries(
             lambda timeout: self._calls.send(
                 "POST", push.path + asked, read, timeout, headers=headers, body=push.body
@@ -505,7 +617,15 @@ class Session:
             self._retrier.left_s(end),
         )
 
-    def _push_of(self, grads: Tensors, loss: float | None, base: Version | None) -> Push:
+    def _push_of(
+        self,
+        grads: Tensors,
+        loss: float | None,
+        base: Version | None,
+        control: Sequence[tuple[str, str]],
+    ) -> Push:
+        if base is not None and not _is_version(base):
+            raise TypeError(f"base_version is (epoch, version), as session.version; not {base!r}.")
         body = encode(grads, self._master, one_dtype=True)
         with self._lock:
             base = base or self.version
@@ -520,10 +640,11 @@ class Session:
             ("worker", self.worker),
             ("sequence", str(sequence)),
             ("base_version", format_version(*base)),
+            *control,
         ]
         if self._incarnation is not None:
             query.append(("incarnation", self._incarnation))
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):  # a history has no NaN; such a step may count
             query.append(("loss", repr(float(loss))))
         return Push(sequence, path_of(self.id, "steps", query=query), body)
 
@@ -591,3 +712,21 @@ class Session:
         with self._lock:
             self.version = (int(said[EPOCH]), int(said[VERSION]))
             self._incarnation = said.get(INCARNATION, self._incarnation)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return np.asarray(getattr(value, "bits", value)).shape
+
+
+def _is_version(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(type(n) is int for n in value)
+
+
+def _control(overrides: Overrides | None, grad_scale: float | None) -> list[tuple[str, str]]:
+    """Control values of a push, as a query carries them."""
+    found = []
+    if overrides:
+        found.append(("overrides", json.dumps(overrides, allow_nan=False)))
+    if grad_scale is not None:
+        found.append(("grad_scale", repr(float(grad_scale))))
+    return found

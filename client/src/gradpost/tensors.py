@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpost.errors import TransportError
-from gradpost.protocol.dtypes import DTYPES, NUMPY, name_of
+from gradpost.protocol.dtypes import DTYPES, NUMPY, from_bf16, name_of
 from gradpost.protocol.tensors import HeaderError, build_header, header_length, parse_header
 from gradpost.transport import Answer, Part
 
@@ -17,6 +17,25 @@ Tensors = Mapping[str, Any]
 
 _SMALL = 1 << 16
 _SLICE = 1 << 20  # urllib3 reads fastest into slices of this size
+
+
+class bf16:  # in lower case, as NumPy names its scalar types
+    """Marks an array of uint16 as the bits of bfloat16 numbers, which NumPy does not have.
+
+    Args:
+        bits: uint16 of the tensor's shape; not copied.
+
+    Raises:
+        TypeError: Of another dtype.
+    """
+
+    def __init__(self, bits: NDArray[np.uint16]) -> None:
+        if np.asarray(bits).dtype != np.uint16:
+            raise TypeError(
+                f"bfloat16 bits are uint16, not {np.asarray(bits).dtype}; float32 is rounded by "
+                "gradpost.protocol.dtypes.to_bf16."
+            )
+        self.bits = np.asarray(bits)
 
 
 class Received(NamedTuple):
@@ -38,14 +57,14 @@ def encode(
 
     Args:
         tensors: Anything NumPy takes. Floats as wide as the session's dtype or narrower go as they
-            are (bfloat16 by its name); float64 for an F32 session, Python numbers and integers are
-            converted to the session's dtype.
+            are (bfloat16 by its name, or as `bf16`); float64 for an F32 session, Python numbers and
+            integers are converted to the session's dtype.
         master: The session's dtype, F32 or F64.
         metadata: For the header.
         one_dtype: A gradient has one dtype: where they differ, all go in the session's.
 
     Raises:
-        TypeError: Not real numbers.
+        TypeError: Not real numbers, or uint16 that is not marked by `bf16`.
     """
     arrays = {name: _wire(name, value, master) for name, value in tensors.items()}
     if one_dtype and len({dtype for dtype, _ in arrays.values()}) > 1:
@@ -63,7 +82,14 @@ def _plain_header(rows: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
 
 def _wire(name: str, value: Any, master: str) -> tuple[str, Array]:
     """The wire dtype and a C-contiguous array of one tensor."""
+    if isinstance(value, bf16):
+        return "BF16", np.ascontiguousarray(value.bits, NUMPY["BF16"]).reshape(value.bits.shape)
     array = np.asarray(value)
+    if array.dtype == np.uint16:  # what a BF16 pull gives: as integers they would ruin the model
+        raise TypeError(
+            f"{name!r} is uint16: say gradpost.bf16(array) if these are the bits of bfloat16 "
+            "numbers, or array.astype(numpy.float32) if they are integers."
+        )
     try:
         dtype = name_of(array.dtype)
     except ValueError:
@@ -78,7 +104,7 @@ def _wire(name: str, value: Any, master: str) -> tuple[str, Array]:
 
 
 def _cast(value: Any, master: str) -> Array:
-    array = np.asarray(value)
+    array = from_bf16(value.bits) if isinstance(value, bf16) else np.asarray(value)
     return np.ascontiguousarray(array, NUMPY[master]).reshape(array.shape)
 
 
