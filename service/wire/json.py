@@ -87,12 +87,18 @@ def tensors(obj: object, master: str, limit: int = MAX_ELEMENTS) -> list[Tensor]
     Raises:
         InvalidTensors: Not a mapping; a bad name; ragged, too deep, or not numbers.
         Nonfinite: A number that overflows the session's dtype.
-        BodyTooLarge: More than `limit` numbers.
+        BodyTooLarge: More than `limit` numbers, or tensors.
     """
     if not isinstance(obj, dict):
         raise InvalidTensors(
             f"Tensors come as an object of names and nested lists, and this is {_word(obj)}; "
             'send {"w": [[0.1, 0.2]], "b": [0.0]}.'
+        )
+    if len(obj) > limit:  # each costs memory and time, even one that holds no number
+        raise BodyTooLarge(
+            f"{len(obj)} tensors are more than the {limit} numbers that JSON may hold here; send "
+            f"them as {SAFETENSORS}.",
+            limit=limit,
         )
     read: list[Tensor] = []
     left = limit

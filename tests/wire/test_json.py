@@ -178,6 +178,8 @@ def test_the_limit_counts_all_tensors() -> None:
     assert len(tensors({"w": [0.0] * 60_000, "v": [0] * 40_000}, "F32")) == 2
     with pytest.raises(BodyTooLarge):
         tensors({"w": [1, 2]}, "F32", limit=1)
+    with pytest.raises(BodyTooLarge, match="2 tensors"):
+        tensors({"w": [], "v": []}, "F32", limit=1)
 
 
 # Filling a layout
