@@ -122,3 +122,9 @@ def convert(src: Array, src_dtype: str, dst: Array, dst_dtype: str, lo: int, hi:
         dst[lo:hi] = src[lo:hi]
         return True
     return bool(_loop(src_dtype, dst_dtype)(src, dst, lo, hi))
+
+
+def warm(src_dtype: str, dst_dtype: str) -> None:
+    """Compiles or loads the loop from one dtype to another; between equal ones there is none."""
+    if src_dtype != dst_dtype:
+        _loop(src_dtype, dst_dtype)

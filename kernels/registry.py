@@ -13,15 +13,22 @@ from typing import Any, NamedTuple
 
 Hyper = Mapping[str, Any]
 Scalars = tuple[float, ...]
+Shape = tuple[int, ...]
+
+
+def _own(shape: Shape) -> Shape | None:
+    return shape
 
 
 class Slot(NamedTuple):
-    """One state array of a tensor's own shape and the master dtype."""
+    """One state array of a tensor, of the master dtype."""
 
     name: str
     """torch's name, such as ``exp_avg``."""
     initial: float | None
     """The value of every element before the first update; None: the lr of that update."""
+    shape: Callable[[Shape], Shape | None] = _own
+    """Its shape for a tensor's; None: such a tensor has none. Elementwise rules: the tensor's."""
 
 
 def _none(hyper: Hyper, lr: float) -> Scalars:
@@ -49,6 +56,9 @@ class Rule:
         start: ``(hyper, lr)`` to their values before the first update; lr is that of this update.
         advance: ``(hyper, count, lr, scalars)`` to their values after an update that had count
             updates before it.
+        tensorwise: the rule needs whole tensors: its function, of the same name, stands in
+            `kernels.tensorwise`; it has no scalar function and no coefficients.
+        dims: how many dimensions a tensor must have; None: any number.
     """
 
     name: str
@@ -59,6 +69,8 @@ class Rule:
     scalars: tuple[str, ...] = ()
     start: Callable[[Hyper, float], Scalars] = _none
     advance: Callable[[Hyper, int, float, Scalars], Scalars] = _unchanged
+    tensorwise: bool = False
+    dims: int | None = None
 
 
 def _tail(hyper: Hyper) -> tuple[float, float]:
@@ -128,7 +140,7 @@ def _bias(beta: float, updates: int) -> float:
     return -math.expm1(updates * math.log(beta)) if beta else 1.0
 
 
-def _corrections(hyper: Hyper, count: int, lr: float) -> tuple[float, float]:
+def corrections(hyper: Hyper, count: int, lr: float) -> tuple[float, float]:
     """Returns lr/(1 - b1**t) and 1/sqrt(1 - b2**t); lr and 1 without bias correction."""
     if not hyper["bias_correction"]:
         return lr, 1.0
@@ -138,7 +150,7 @@ def _corrections(hyper: Hyper, count: int, lr: float) -> tuple[float, float]:
 
 def _adam_like(hyper: Hyper, count: int, lr: float, *, decoupled: bool) -> tuple[float, ...]:
     b1, b2 = hyper["betas"]
-    step, unbias = _corrections(hyper, count, lr)
+    step, unbias = corrections(hyper, count, lr)
     decays = _decays(hyper, lr, decoupled=decoupled)
     return (-step, b1, 1.0 - b1, b2, 1.0 - b2, unbias, float(hyper["eps"]), *decays)
 
@@ -244,7 +256,7 @@ def _lion(hyper: Hyper, count: int, lr: float, scalars: Scalars) -> tuple[float,
 
 def _yogi(hyper: Hyper, count: int, lr: float, scalars: Scalars) -> tuple[float, ...]:
     b1, b2 = hyper["betas"]
-    step, unbias = _corrections(hyper, count, lr)
+    step, unbias = corrections(hyper, count, lr)
     return (-step, b1, 1.0 - b1, 1.0 - b2, unbias, float(hyper["eps"]), *_tail(hyper))
 
 
@@ -260,6 +272,32 @@ def _rprop_slots(hyper: Hyper) -> tuple[Slot, ...]:
 def _fixed(*names: str) -> Callable[[Hyper], tuple[Slot, ...]]:
     slots = tuple(Slot(name, 0.0) for name in names)
     return lambda hyper: slots
+
+
+def _rows(shape: Shape) -> Shape | None:
+    return (*shape[:-1], 1) if len(shape) > 1 else None
+
+
+def _columns(shape: Shape) -> Shape | None:
+    return (*shape[:-2], 1, shape[-1]) if len(shape) > 1 else None
+
+
+def _vector(shape: Shape) -> Shape | None:
+    return shape if len(shape) < 2 else None
+
+
+def _adafactor_slots(hyper: Hyper) -> tuple[Slot, ...]:
+    shapes = {"row_var": _rows, "col_var": _columns, "variance": _vector}
+    return tuple(Slot(name, 0.0, shape) for name, shape in shapes.items())
+
+
+def _tensorwise(
+    name: str, slots: Callable[[Hyper], tuple[Slot, ...]], dims: int | None = None
+) -> Rule:
+    return Rule(
+        name, lambda hyper: name, slots, lambda hyper, count, lr, scalars: (),
+        tensorwise=True, dims=dims,
+    )  # fmt: skip
 
 
 def _adagrad_slots(hyper: Hyper) -> tuple[Slot, ...]:
@@ -292,6 +330,10 @@ RULES: Mapping[str, Rule] = {
         Rule("rprop", lambda hyper: "rprop", _rprop_slots, _rprop),
         Rule("lion", lambda hyper: "lion", _fixed("exp_avg"), _lion),
         Rule("yogi", lambda hyper: "yogi", _yogi_slots, _yogi),
+        _tensorwise("lamb", _fixed("exp_avg", "exp_avg_sq")),
+        _tensorwise("lars", _fixed("momentum_buffer")),
+        _tensorwise("adafactor", _adafactor_slots),
+        _tensorwise("muon", _fixed("momentum_buffer"), dims=2),
     )
 }  # fmt: skip
 """Every rule by its name on the wire."""

@@ -15,8 +15,6 @@ SOON: dict[str, str] = {
 }
 """Fields that torch users and the design know and this version refuses, and what they are."""
 
-SOON_RULES = ("lamb", "lars", "adafactor", "muon")
-
 _DECAY = "a decay lies in [0, 1): at 1 the average never takes in a gradient"
 REASONS: dict[str, str] = {
     "lr": "a step size is finite and at least 0, which freezes the parameters; to go uphill say "
@@ -47,6 +45,17 @@ REASONS: dict[str, str] = {
     "bias_correction": "true or false",
     "preset": "torch, or null for the defaults of docs/optimizers.md",
     "eps_inside_sqrt": "true or false",
+    "trust_coefficient": "finite and at least 0: the part of its norm by which a tensor moves at "
+    "lr 1",
+    "beta2_decay": "finite and at most 0: update t takes in t**beta2_decay of the gradient's "
+    "square",
+    "adafactor.eps": "two numbers from 0, the least root mean square of a gradient, or null for "
+    "that of the dtype, and the least of the parameters",
+    "d": "finite and at least 1: an update of a larger root mean square is scaled down to it",
+    "muon.momentum": _DECAY,
+    "ns_coefficients": "three finite numbers, the coefficients of x, x**3 and x**5",
+    "ns_steps": "a whole number from 0 to 99",
+    "adjust_lr_fn": "original, or match_rms_adamw",
     "max_staleness": "a whole number of versions from 0, or null for any number",
 }
 """Why a range is as it is, by field, or rule and field: added to what was wrong."""
@@ -324,9 +333,76 @@ class Yogi(_Untorched):
     bias_correction: IsCorrected = False
 
 
+class Lamb(_Untorched):
+    """LAMB (You et al. 2020, Algorithm 2): Adam whose steps are as long as each tensor allows."""
+
+    rule: Literal["lamb"]
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 1e-6
+    weight_decay: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, description="Added, times p, before the norm is taken."),
+    ] = 0.01
+    bias_correction: IsCorrected = True
+
+
+class Lars(_Untorched):
+    """LARS (You et al. 2017): momentum whose steps are as long as each tensor allows."""
+
+    rule: Literal["lars"]
+    lr: Rate = 1.0
+    momentum: NonNegative = 0.9
+    nesterov: bool = False
+    weight_decay: Decay = 0.0005
+    trust_coefficient: NonNegative = Field(
+        0.001, description="Of its norm, the part by which a tensor moves at lr 1."
+    )
+    eps: Eps = 0.0
+
+
+class Adafactor(_Rule):
+    """Adafactor (Shazeer & Stern 2018) as torch has it: second moments by row and by column."""
+
+    rule: Literal["adafactor"]
+    lr: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="The largest relative step size.")
+    ] = 0.01
+    beta2_decay: Annotated[float, Field(le=0, allow_inf_nan=False)] = Field(
+        -0.8, description="Update t takes in t**beta2_decay of the gradient's square."
+    )
+    eps: Annotated[tuple[NonNegative | None, NonNegative], Field(strict=False)] = Field(
+        (None, 0.001),
+        description="The least root mean square of a gradient (null: the eps of the session's "
+        "dtype), and of the parameters, as the step takes them.",
+    )
+    d: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.0, description="The largest root mean square of an update."
+    )
+    weight_decay: Decoupled = 0.0
+
+
+class Muon(_Rule):
+    """Muon (Jordan et al. 2024) as torch has it: momentum made orthogonal; matrices only."""
+
+    rule: Literal["muon"]
+    weight_decay: Decoupled = 0.1
+    momentum: Beta = 0.95
+    nesterov: bool = True
+    ns_coefficients: Annotated[tuple[Number, Number, Number], Field(strict=False)] = Field(
+        (3.4445, -4.775, 2.0315), description="Of the Newton-Schulz iteration."
+    )
+    eps: Eps = 1e-7
+    ns_steps: Annotated[int, Field(ge=0, lt=100)] = 5
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
+        "original",
+        description="lr times sqrt(max(1, rows/columns)), or 0.2*sqrt(max(rows, columns)).",
+    )
+
+
 AnyRule = (
     Sgd | Momentum | Adagrad | Rmsprop | Adadelta | Adam | Adamw
     | Adamax | Nadam | Radam | Asgd | Rprop | Lion | Yogi
+    | Lamb | Lars | Adafactor | Muon
 )  # fmt: skip
 Optimizer = Annotated[AnyRule, Field(discriminator="rule")]
 BY_NAME: dict[str, type[_Rule]] = {

@@ -4,10 +4,8 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 
-import numpy as np
-
-from gradpost.protocol.dtypes import DTYPES, NUMPY
-from kernels import convert, cpu, reduce
+from gradpost.protocol.dtypes import DTYPES
+from kernels import convert, cpu, reduce, tensorwise
 from kernels.registry import RULES
 
 Combination = tuple[str, str, str]
@@ -16,8 +14,8 @@ GRADIENTS = {"F32": ("F32", "F16", "BF16"), "F64": ("F64", "F32", "F16", "BF16")
 
 
 def variants(rule: str) -> tuple[str, ...]:
-    """The scalar functions that the options of a rule choose from."""
-    return RULES[rule].variants or (rule,)
+    """The scalar functions that the options of a rule choose from; none if it is per tensor."""
+    return () if RULES[rule].tensorwise else RULES[rule].variants or (rule,)
 
 
 def combinations(
@@ -51,20 +49,21 @@ def warm(
         masters: Dtypes of sessions.
         stop: Once it is set, no further loop is begun.
     """
-    masters = tuple(masters)
+    rules, masters = tuple(rules), tuple(masters)
     gradients = dict.fromkeys(dtype for master in masters for dtype in GRADIENTS[master])
     loads: list[Callable[[], object]] = [
         *(partial(cpu.kernel, *names) for names in combinations(rules, masters)),
         *(partial(reduce.warm, [dtype]) for dtype in gradients),
-        *(partial(_convert, *pair) for pair in conversions(masters)),
+        *(partial(convert.warm, *pair) for pair in conversions(masters)),
+        *(
+            partial(tensorwise.warm, rule, master, master)
+            for rule in rules
+            if RULES[rule].tensorwise
+            for master in masters
+        ),
     ]
     for count, load in enumerate(loads):
         if stop is not None and stop.is_set():
             return count
         load()
     return len(loads)
-
-
-def _convert(source: str, target: str) -> None:
-    """Converts nothing, which loads the loop."""
-    convert.convert(np.empty(0, NUMPY[source]), source, np.empty(0, NUMPY[target]), target, 0, 0)

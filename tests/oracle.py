@@ -40,6 +40,12 @@ def start(rule: str, hyper: Mapping[str, Any], p: np.ndarray) -> Arrays:
         return {"exp_avg": zeros}
     if rule == "yogi":
         return {"exp_avg": zeros, "exp_avg_sq": zeros + hyper["initial_accumulator_value"]}
+    if rule in ("lars", "muon"):
+        return {"momentum_buffer": zeros}
+    if rule == "adafactor" and p.ndim < 2:
+        return {"variance": zeros}
+    if rule == "adafactor":
+        return {"row_var": zeros[..., :1].copy(), "col_var": zeros.sum(-2, keepdims=True)}
     state = {"exp_avg": zeros, "exp_avg_sq": zeros.copy()}
     if hyper.get("amsgrad"):
         state["max_exp_avg_sq"] = zeros.copy()
@@ -57,11 +63,16 @@ def step(
 ) -> tuple[np.ndarray, Arrays]:
     """One update; ``count`` updates came before. Arguments are not changed."""
     lr = dtype(hyper["lr"])
+    if rule == "adafactor" and hyper["eps"][0] is None:
+        hyper = {**hyper, "eps": (np.finfo(p.dtype).eps, hyper["eps"][1])}
     p, g = p.astype(dtype), g.astype(dtype)
     state = {name: value.astype(dtype) for name, value in state.items()}
     if hyper["maximize"]:
         g = -g
+    if rule in ("lamb", "lars"):  # decay has a place of its own in them
+        return _RULES[rule](hyper, count, lr, p, g, state, dtype)
     if _is_decoupled(rule, hyper):
+        hyper = {**hyper, "before": p}
         p = p * (1 - lr * dtype(hyper["weight_decay"]))
     elif hyper["weight_decay"]:
         g = g + dtype(hyper["weight_decay"]) * p
@@ -69,7 +80,9 @@ def step(
 
 
 def _is_decoupled(rule, hyper):
-    return rule in ("adamw", "lion") or hyper.get("decoupled_weight_decay", False)
+    return rule in ("adamw", "lion", "adafactor", "muon") or hyper.get(
+        "decoupled_weight_decay", False
+    )
 
 
 def doubtful(
@@ -228,6 +241,75 @@ def _yogi(hyper, count, lr, p, g, state, dtype):
     return p - lr * m / (np.sqrt(v) + dtype(hyper["eps"])), after
 
 
+def _length(x):
+    return np.sqrt((x * x).sum())
+
+
+def _lamb(hyper, count, lr, p, g, state, dtype):
+    b1, b2 = (dtype(beta) for beta in hyper["betas"])
+    m = b1 * state["exp_avg"] + (1 - b1) * g
+    v = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+    after = {"exp_avg": m, "exp_avg_sq": v}
+    if hyper["bias_correction"]:
+        m, v = m / (1 - b1 ** (count + 1)), v / (1 - b2 ** (count + 1))
+    r = m / (np.sqrt(v) + dtype(hyper["eps"])) + dtype(hyper["weight_decay"]) * p
+    trust = _length(p) / _length(r) if _length(p) and _length(r) else 1
+    return p - lr * trust * r, after
+
+
+def _lars(hyper, count, lr, p, g, state, dtype):
+    mu, wd = dtype(hyper["momentum"]), dtype(hyper["weight_decay"])
+    trust = 1
+    if _length(p) and _length(g):
+        below = _length(g) + wd * _length(p) + dtype(hyper["eps"])
+        trust = dtype(hyper["trust_coefficient"]) * _length(p) / below
+    scaled = lr * trust * (g + wd * p)
+    v = mu * state["momentum_buffer"] + scaled
+    return p - (mu * v + scaled if hyper["nesterov"] else v), {"momentum_buffer": v}
+
+
+def _adafactor(hyper, count, lr, p, g, state, dtype):
+    least, scale = (dtype(eps) for eps in hyper["eps"])
+    t = dtype(count + 1)
+    beta = 1 - t ** dtype(hyper["beta2_decay"])
+    if not p.size:
+        return p, state
+    if g.ndim < 2:
+        v = beta * state["variance"] + (1 - beta) * g * g
+        after = {"variance": v}
+    else:
+        rows = beta * state["row_var"] + (1 - beta) * (g * g).mean(-1, keepdims=True)
+        cols = beta * state["col_var"] + (1 - beta) * (g * g).mean(-2, keepdims=True)
+        v = rows * cols / np.maximum(rows.mean(-2, keepdims=True), least)
+        after = {"row_var": rows, "col_var": cols}
+    u = g / np.sqrt(np.maximum(v, least * least))
+    u = u / np.maximum(1, np.sqrt((u * u).mean()) / dtype(hyper["d"]))
+    before = hyper["before"]  # p without the decay
+    alpha = max(scale, np.sqrt((before * before).mean())) * min(lr, 1 / np.sqrt(t))
+    return p - alpha * u, after
+
+
+def _muon(hyper, count, lr, p, g, state, dtype):
+    mu = dtype(hyper["momentum"])
+    buffer = mu * state["momentum_buffer"] + (1 - mu) * g
+    x = mu * buffer + (1 - mu) * g if hyper["nesterov"] else buffer
+    after = {"momentum_buffer": buffer}
+    if not p.size:
+        return p, after
+    a, b, c = (dtype(one) for one in hyper["ns_coefficients"])
+    x = x.T if p.shape[0] > p.shape[1] else x
+    x = x / max(_length(x), dtype(hyper["eps"]))
+    for _ in range(hyper["ns_steps"]):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.T if p.shape[0] > p.shape[1] else x
+    rows, columns = p.shape
+    ratio = np.sqrt(dtype(max(1, rows / columns)))
+    if hyper["adjust_lr_fn"] == "match_rms_adamw":
+        ratio = dtype(0.2) * np.sqrt(dtype(max(rows, columns)))
+    return p - lr * ratio * x, after
+
+
 _RULES = {
     "sgd": _sgd,
     "momentum": _momentum,
@@ -243,4 +325,8 @@ _RULES = {
     "rprop": _rprop,
     "lion": _lion,
     "yogi": _yogi,
+    "lamb": _lamb,
+    "lars": _lars,
+    "adafactor": _adafactor,
+    "muon": _muon,
 }

@@ -81,7 +81,7 @@ async def read(id: str, request: Request) -> Response:
             "Cache-Control": "no-cache",
         }
         if media.kind == "json":
-            rows = [(f"{p.slot}/{p.entry.name}", p.entry.shape, p.flat) for p in pieces]
+            rows = [(f"{p.slot}/{p.entry.name}", p.shape, p.flat) for p in pieces]
             rendered = await render(session.shared, rows)
             head = plain_json.dumps(facts)[:-1].encode()
             budget.release(nbytes)
@@ -90,8 +90,8 @@ async def read(id: str, request: Request) -> Response:
             )
         answer = safetensors.answer_parts(
             [
-                Piece(f"{p.slot}/{p.entry.name}", session.spec.dtype, p.entry.shape,
-                      p.array, p.offset, p.entry.size)
+                Piece(f"{p.slot}/{p.entry.name}", session.spec.dtype, p.shape,
+                      p.array, p.offset, p.size)
                 for p in pieces
             ],
             {key: value if isinstance(value, str) else plain_json.dumps(value)

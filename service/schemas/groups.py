@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gradpost.protocol.dtypes import NUMPY
-from service.errors import NotSupportedYet, Structural
-from service.hyper import BY_NAME, SOON_RULES, AnyRule, Optimizer, has_buffer, nearest
+from service.errors import Structural
+from service.hyper import BY_NAME, AnyRule, Optimizer, has_buffer, nearest
 from service.schemas.around import Clip, GroupClip
 from service.schemas.refusals import from_pydantic, invalid
 
@@ -124,7 +124,7 @@ def checked(values: Mapping[str, Any], path: tuple[str, ...], dtype: str) -> Any
 
     Raises:
         InvalidRequest: They do not fit; `path` says where they stand.
-        NotSupportedYet: A field or a rule of later versions.
+        NotSupportedYet: A field of later versions.
     """
     check_rule(values.get("rule"), ".".join((*path, "rule")))
     try:
@@ -153,11 +153,6 @@ def check_rule(rule: object, field: str) -> None:
     """Refuses a rule that there is not, by name."""
     if not isinstance(rule, str) or rule in BY_NAME:
         return
-    if rule in SOON_RULES:
-        raise NotSupportedYet(
-            f"Rule {rule} is not supported yet; this version has {', '.join(BY_NAME)}.",
-            field=field,
-        )
     raise invalid(field, f"There is no rule {rule[:80]!r}; {nearest(rule[:80], [*BY_NAME])}")
 
 

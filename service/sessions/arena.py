@@ -3,6 +3,8 @@
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +15,9 @@ from kernels.registry import RULES, Rule, Slot
 from service.errors import TensorMismatch
 from service.limits import Budget
 from service.schemas import Group, Terms
-from service.sessions import runs as stretches
 from service.sessions.gradients import Gradients
 from service.sessions.layout import Entry, Layout, Span
-from service.sessions.runs import Run
+from service.sessions.runs import Run, whole
 from service.sessions.versions import Versions
 from service.settings import Settings
 
@@ -36,11 +37,17 @@ class Piece(NamedTuple):
     entry: Entry
     array: Array
     offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of the part."""
+        return prod(self.shape)
 
     @property
     def flat(self) -> Array:
-        """The tensor's own elements."""
-        return self.array[self.offset : self.offset + self.entry.size]
+        """The part alone."""
+        return self.array[self.offset : self.offset + self.size]
 
 
 @dataclass
@@ -50,7 +57,8 @@ class Ruled:
     Attributes:
         rule: The update rule.
         slots: What it keeps.
-        state: One array of the group's own length for each slot.
+        state: One array for each slot: the parts of the group's tensors, in their order. Under an
+            elementwise rule it has the group's own length.
         span: Where the group lies.
         runs: Its tensors by how often they were updated.
     """
@@ -62,13 +70,16 @@ class Ruled:
     runs: tuple[Run, ...]
 
     def pieces(self, layout: Layout) -> list[Piece]:
-        """Every (slot, tensor), slot by slot."""
-        lo = self.span.lo
-        return [
-            Piece(slot.name, e, array, e.offset - lo)
-            for slot, array in zip(self.slots, self.state, strict=True)
-            for e in layout.entries[self.span.first : self.span.last]
-        ]
+        """Every (slot, tensor), slot by slot; a slot may have no part for some tensors."""
+        found: list[Piece] = []
+        for slot, array in zip(self.slots, self.state, strict=True):
+            offset = 0
+            for entry in layout.entries[self.span.first : self.span.last]:
+                shape = slot.shape(entry.shape)
+                if shape is not None:
+                    found.append(Piece(slot.name, entry, array, offset, shape))
+                    offset += found[-1].size
+        return found
 
 
 @dataclass
@@ -110,7 +121,8 @@ class Arena:
         """Every state array, tensor by tensor; the average is among them."""
         found = [piece for group in self.groups for piece in group.pieces(self.layout)]
         if self.average is not None:
-            found += [Piece("ema", e, self.average, e.offset) for e in self.layout.entries]
+            average = self.average
+            found += [Piece("ema", e, average, e.offset, e.shape) for e in self.layout.entries]
         return found
 
 
@@ -126,29 +138,29 @@ def make(
     """Reserves what a session of this layout needs, then makes it.
 
     Raises:
+        TensorMismatch: A tensor that the rule of its group can't take.
         InsufficientMemory: The budget has no room.
     """
     flat_bytes = layout.size * DTYPES[dtype]
     spans = [layout.span(index) for index in range(len(terms))]
-    slots = [RULES[one.optimizer.rule].slots(one.hyper) for one in terms]
-    state_bytes = sum(
-        (span.hi - span.lo) * DTYPES[dtype] * len(kept)
-        for span, kept in zip(spans, slots, strict=True)
-    )
+    rules = [RULES[one.optimizer.rule] for one in terms]
+    tensors = [layout.entries[span.first : span.last] for span in spans]
+    for rule, entries in zip(rules, tensors, strict=True):
+        _check_dims(rule, entries)
+    slots = [rule.slots(one.hyper) for rule, one in zip(rules, terms, strict=True)]
+    sizes = [
+        [_elements(slot, entries) for slot in kept]
+        for kept, entries in zip(slots, tensors, strict=True)
+    ]
+    state_bytes = sum(map(sum, sizes)) * DTYPES[dtype]
     # Two versions (the head and a spare), one gradient in flight, the average, the state.
     reserved = flat_bytes * (3 + average) + state_bytes
     budget.reserve(reserved)
     kind = np.dtype(NUMPY[dtype])
     try:
         groups = tuple(
-            Ruled(
-                RULES[one.optimizer.rule],
-                kept,
-                tuple(_filled(slot, span.hi - span.lo, kind) for slot in kept),
-                span,
-                stretches.whole(span),
-            )
-            for one, span, kept in zip(terms, spans, slots, strict=True)
+            Ruled(rule, kept, tuple(map(_filled, kept, size, repeat(kind))), span, whole(span))
+            for rule, span, kept, size in zip(rules, spans, slots, sizes, strict=True)
         )
         return Arena(
             layout,
@@ -161,6 +173,23 @@ def make(
     except BaseException:
         budget.release(reserved)
         raise
+
+
+def _check_dims(rule: Rule, entries: Sequence[Entry]) -> None:
+    wrong = [e for e in entries if rule.dims is not None and len(e.shape) != rule.dims]
+    if wrong:
+        raise TensorMismatch(
+            f"{wrong[0].name!r} has shape {list(wrong[0].shape)}, and rule {rule.name} takes "
+            f"tensors of {rule.dims} dimensions only; put it into a group with another rule, such "
+            "as adamw.",
+            names=[entry.name for entry in wrong[:20]],
+        )
+
+
+def _elements(slot: Slot, entries: Sequence[Entry]) -> int:
+    """Of a group's array for a slot."""
+    shapes = [slot.shape(entry.shape) for entry in entries]
+    return sum(prod(shape) for shape in shapes if shape is not None)
 
 
 def _filled(slot: Slot, size: int, kind: "np.dtype[Any]") -> Array:

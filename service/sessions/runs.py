@@ -48,6 +48,11 @@ def cut(
     return pieces
 
 
+def singles(run: Run, entries: Sequence[Entry]) -> list[Run]:
+    """Each tensor of a run as a run of its own."""
+    return [_part(run, at, at + 1, entries) for at in range(run.first, run.last)]
+
+
 def _part(run: Run, first: int, last: int, entries: Sequence[Entry]) -> Run:
     end = entries[last - 1]
     return run._replace(first=first, last=last, lo=entries[first].offset, hi=end.offset + end.size)
@@ -71,10 +76,9 @@ def of(
     scalars: Sequence[tuple[float, ...]],
 ) -> tuple[Run, ...]:
     """The runs of a group whose tensors have these updates and scalars, one of each per entry."""
-    single = Run(*span)
     return joined(
         [
-            _part(single, at, at + 1, entries)._replace(updates=updates[at], scalars=scalars[at])
-            for at in range(span.first, span.last)
+            one._replace(updates=updates[one.first], scalars=scalars[one.first])
+            for one in singles(Run(*span), entries)
         ]
     )

@@ -33,7 +33,8 @@ from service.sessions.layout import Layout
 from service.sessions.versions import Version
 
 NONNEGATIVE = frozenset(
-    "sum square_avg acc_delta exp_avg_sq max_exp_avg_sq exp_inf step_size".split()
+    "sum square_avg acc_delta exp_avg_sq max_exp_avg_sq exp_inf step_size "
+    "row_var col_var variance".split()
 )
 """State of which a root is taken, or that is a size."""
 
@@ -111,7 +112,7 @@ def _check_headers(arena: Arena, dtype: str) -> None:
         TensorMismatch: Too many tensors, or too long names.
     """
     entries = arena.layout.entries
-    rows = [(f"{p.slot}/{p.entry.name}", dtype, p.entry.shape) for p in arena.pieces()]
+    rows = [(f"{p.slot}/{p.entry.name}", dtype, p.shape) for p in arena.pieces()]
     facts = {entry.name: 1 << 62 for entry in entries}
     scalars = {
         entry.name: dict.fromkeys(arena.groups[entry.group].rule.scalars, -1.2345678901234567e-300)
@@ -335,7 +336,7 @@ def load_state(
 def _check_state(
     arena: Arena, dtype: str, tensors: Sequence[Tensor], counted: Mapping[str, int]
 ) -> None:
-    shapes = {f"{piece.slot}/{piece.entry.name}": piece.entry.shape for piece in arena.pieces()}
+    shapes = {f"{piece.slot}/{piece.entry.name}": piece.shape for piece in arena.pieces()}
     came = {name: shape for name, _, shape, _ in tensors}
     wrong = sorted(
         {name for name in shapes.keys() | came.keys() if shapes.get(name) != came.get(name)}

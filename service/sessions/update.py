@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradpost.protocol.dtypes import NUMPY
-from kernels import average, cpu, reduce
+from kernels import average, cpu, reduce, tensorwise
 from service.schemas import Terms
 from service.schemas.around import Clip
 from service.sessions import runs as stretches
 from service.sessions.arena import Arena, Array, Ruled
 from service.sessions.lane import Program
+from service.sessions.layout import Entry
 from service.sessions.runs import Run
 
 Thunk = Callable[[], Any]
@@ -47,10 +48,23 @@ class Step(NamedTuple):
     h: Array
 
 
+class Whole(NamedTuple):
+    """One tensor under a rule that needs all of it at once, ready to start."""
+
+    group: Ruled
+    run: Run
+    after: Run
+    entry: Entry
+    state: tuple[Array, ...]
+    move: Move
+    dtypes: tuple[str, str]
+    """Of the session, and of the gradient."""
+
+
 class Work(NamedTuple):
     """A whole update: what runs, and which stretches stay as they are."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step | Whole, ...]
     kept: tuple[tuple[Ruled, Run], ...]
 
 
@@ -153,8 +167,10 @@ def kernel_of(one: Terms, group: Ruled, master: str, grad: str) -> tuple[str, st
 
 
 def ready(arena: Arena, terms: Sequence[Terms], master: str, grad: str) -> bool:
-    """Whether everything that an update runs is compiled."""
+    """Whether everything that an update runs is compiled, and runs at the price of a kernel."""
     for group, one in zip(arena.groups, terms, strict=True):
+        if group.rule.tensorwise:
+            return False
         variant, _, _, bounded = kernel_of(one, group, master, grad)
         if not one.frozen and not cpu.ready(variant, master, grad, clamped=bounded):
             return False
@@ -164,13 +180,21 @@ def ready(arena: Arena, terms: Sequence[Terms], master: str, grad: str) -> bool:
 def compile_all(arena: Arena, terms: Sequence[Terms], master: str, *, norms: bool) -> None:
     """Loads what the next push is likely to need, so that it is not the one that waits."""
     for group, one in zip(arena.groups, terms, strict=True):
-        variant, _, grad, bounded = kernel_of(one, group, master, master)
-        cpu.kernel(variant, master, grad, clamped=bounded)
+        _compile(one, group, master, master)
     reduce.warm([master])
     if arena.average is not None:
         average.warm(master)
     if norms:
         reduce.warm_change(master)
+
+
+def _compile(one: Terms, group: Ruled, master: str, grad: str) -> cpu.Kernel | None:
+    """The loop of a group; None, with all its passes loaded, where its rule takes whole tensors."""
+    if group.rule.tensorwise:
+        tensorwise.warm(group.rule.name, master, grad)
+        return None
+    variant, _, _, bounded = kernel_of(one, group, master, grad)
+    return cpu.kernel(variant, master, grad, clamped=bounded)
 
 
 def prepare(
@@ -185,7 +209,7 @@ def prepare(
         grad: Of the gradient.
         present: For each entry of the layout, whether it came; None: all.
     """
-    steps: list[Step] = []
+    steps: list[Step | Whole] = []
     kept: list[tuple[Ruled, Run]] = []
     for group, move in zip(arena.groups, chosen, strict=True):
         if move.terms.frozen:
@@ -197,9 +221,12 @@ def prepare(
             else stretches.cut(group.runs, present, arena.layout.entries)
         )
         kept += [(group, run) for run, came in pieces if not came]
-        variant, _, _, bounded = kernel_of(move.terms, group, master, grad)
-        loop = cpu.kernel(variant, master, grad, clamped=bounded)
-        steps += [_step(group, run, move, loop, master) for run, came in pieces if came]
+        live = [run for run, came in pieces if came]
+        loop = _compile(move.terms, group, master, grad)
+        if loop is None:
+            steps += _wholes(arena, group, live, move, (master, grad))
+        else:
+            steps += [_step(group, run, move, loop, master) for run in live]
     return Work(tuple(steps), tuple(kept))
 
 
@@ -221,6 +248,21 @@ def _step(group: Ruled, run: Run, move: Move, loop: cpu.Kernel, master: str) -> 
     if not run.updates:
         _start_at(group, run, lr)
     return Step(group, run, after, loop, h)
+
+
+def _wholes(
+    arena: Arena, group: Ruled, live: Sequence[Run], move: Move, dtypes: tuple[str, str]
+) -> list[Whole]:
+    """The tensors of some runs, one by one."""
+    entries = arena.layout.entries
+    state: dict[str, list[Array]] = {}
+    for piece in group.pieces(arena.layout):
+        state.setdefault(piece.entry.name, []).append(piece.flat)
+    found = []
+    for one in (one for run in live for one in stretches.singles(run, entries)):
+        entry, after = entries[one.first], one._replace(updates=one.updates + 1)
+        found.append(Whole(group, one, after, entry, tuple(state[entry.name]), move, dtypes))
+    return found
 
 
 def _start_at(group: Ruled, run: Run, lr: float) -> None:
@@ -253,7 +295,10 @@ def perform(
     """
     thunks: list[Thunk] = []
     for step in work.steps:
-        thunks += _running(step, before, after, flat, norms=norms)
+        if isinstance(step, Whole):
+            thunks.append(partial(_whole, step, before, after, flat, norms=norms))
+        else:
+            thunks += _running(step, before, after, flat, norms=norms)
     if before is not after:
         thunks += [
             partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi])
@@ -327,3 +372,19 @@ def _measured(
         finite &= kernel(source, target, grads, state, h, start, end)
         changes.append(reduce.sumsq_change(target[start:end], was, kernel.master, 0, end - start))
     return finite, changes
+
+
+def _whole(
+    step: Whole, before: Array, after: Array, flat: Array, *, norms: bool
+) -> tuple[bool, list[Array]]:
+    """A whole tensor; its gradient is converted into scratch, which the rule may overwrite."""
+    lo, hi, move, (master, grad) = step.run.lo, step.run.hi, step.move, step.dtypes
+    source = before[lo:hi]
+    target = source if before is after else after[lo:hi]
+    hyper, rule = move.terms.hyper, step.group.rule.name
+    g = tensorwise.gradient(flat[lo:hi], grad, master, hyper, move.factor, move.limit)
+    was = source.copy() if norms and target is source else source
+    finite = tensorwise.step(
+        rule, source, target, g, step.state, step.entry.shape, hyper, step.run.updates, move.lr
+    )
+    return finite, [reduce.sumsq_change(target, was, master, 0, hi - lo)] if norms else []

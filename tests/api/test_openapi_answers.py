@@ -57,7 +57,7 @@ def creations(method, template):
     """Those of both calls that create a session."""
     yield from bodies(method, template, id="new")
     for slug, body in (
-        ("not-supported-yet", {"optimizer": {"rule": "muon"}}),
+        ("not-supported-yet", {"optimizer": {"rule": "adam", "fused": True}}),
         ("device-unavailable", {**ADAM, "device": "cuda:0"}),
         ("invalid-tensors", {**ADAM, "params": {"w": ["x"]}}),
         ("nonfinite", {**ADAM, "params": {"w": [1e39]}}),

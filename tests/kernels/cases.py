@@ -87,6 +87,40 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lion": [{"betas": (0.0, 0.5), "weight_decay": 0.5}],
     "yogi": [{"bias_correction": True}, {"betas": (0.5, 0.5), "initial_accumulator_value": 1.0}],
 }
+TENSORWISE: dict[str, dict[str, Any]] = {
+    "lamb": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "bias_correction": True},
+    "lars": {"lr": 1.0, "momentum": 0.9, "nesterov": False, "trust_coefficient": 1e-3, "eps": 0},
+    "adafactor": {"lr": 0.01, "beta2_decay": -0.8, "eps": (None, 1e-3), "d": 1.0},
+    "muon": {
+        "lr": 1e-3, "momentum": 0.95, "nesterov": True, "eps": 1e-7, "ns_steps": 5,
+        "ns_coefficients": (3.4445, -4.775, 2.0315), "adjust_lr_fn": "original",
+    },
+}  # fmt: skip
+COMMON |= {
+    rule: [{}, {"weight_decay": 0.1}, {"maximize": True, "weight_decay": 0.1}]
+    for rule in TENSORWISE
+}
+OPTIONS |= {
+    "lamb": [{"bias_correction": False}, {"betas": (0.0, 0.5), "eps": 1e-3, "lr": 0.1}],
+    "lars": [
+        {"nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.0, "eps": 1e-3},
+        {"trust_coefficient": 0.1, "lr": 0.3},
+    ],
+    "adafactor": [
+        {"beta2_decay": -1.0},
+        {"d": 1.5, "eps": (1e-30, 1e-3)},
+        {"eps": (0.1, 0.5), "lr": 1.0},
+        {"beta2_decay": 0},
+    ],
+    "muon": [
+        {"nesterov": False, "momentum": 0.8},
+        {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 6},
+        {"ns_coefficients": (3.4, -4.7, 2.0), "eps": 0},
+        {"ns_steps": 0, "momentum": 0.0},
+    ],
+}
+TENSORWISE_CASES = [(rule, extra) for rule in TENSORWISE for extra in COMMON[rule] + OPTIONS[rule]]
 CASES = [(rule, extra) for rule in DEFAULTS for extra in COMMON[rule] + OPTIONS[rule]]
 
 # Each pair costs a compilation of every variant (half a second for both forms): all pairs are seen
@@ -98,7 +132,7 @@ NUMPY = {"F32": np.float32, "F64": np.float64}
 
 def hyper(rule: str, **extra: Any) -> dict[str, Any]:
     base = {"weight_decay": 0.01 if rule == "adamw" else 0, "maximize": False}
-    return {**DEFAULTS[rule], **base, **extra}
+    return {**(DEFAULTS | TENSORWISE)[rule], **base, **extra}
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:

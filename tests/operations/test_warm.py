@@ -1,11 +1,14 @@
 """What is compiled before ready: every loop that a session can need, and not past a stop."""
 
 import itertools
+import math
 import threading
 
+import numpy as np
 import pytest
 
-from kernels import convert, cpu, reduce, rules
+from gradpost.protocol.dtypes import NUMPY
+from kernels import convert, cpu, passes, reduce, rules, tensorwise
 from kernels.registry import RULES
 from service import warm
 from service.hyper import BY_NAME
@@ -22,7 +25,7 @@ def chosen_by(rule):
         yield RULES[rule].variant({**base, **dict(zip(switches, values, strict=True))})
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.tensorwise])
 def test_the_table_has_what_a_rule_chooses_and_no_more(rule):
     assert set(variants(rule)) == set(chosen_by(rule))
 
@@ -46,8 +49,9 @@ def test_conversions_are_those_of_uploads_and_pulls():
 @pytest.fixture
 def cold(monkeypatch):
     """As after a start: nothing is loaded into the process."""
-    for module, name in ((cpu, "_kernels"), (reduce, "_loops"), (convert, "_loops")):
-        monkeypatch.setattr(module, name, {})
+    for module in (reduce, convert, passes):
+        monkeypatch.setattr(module, "_loops", {})
+    monkeypatch.setattr(cpu, "_kernels", {})
 
 
 @pytest.mark.usefixtures("cold")
@@ -57,6 +61,27 @@ def test_after_it_nothing_is_left_to_compile():
         assert all(cpu.ready(variant, "F32", gradient) for variant in variants("sgd"))
         assert reduce.ready(gradient)
     assert set(convert._loops) == set(conversions(["F32"]))
+
+
+@pytest.mark.usefixtures("cold")
+@pytest.mark.parametrize("rule", tensorwise.FUNCTIONS)
+def test_after_it_nothing_is_left_to_compile_of_a_rule_per_tensor(rule):
+    assert not variants(rule)
+    assert warm.warm([rule], ["F32"]) == 3 + 6 + 1
+    loaded = [set(module._loops) for module in (reduce, convert, passes)]
+    for gradient in ("F32", "F16", "BF16"):
+        for shape in ((4, 3), (300, 200)) if RULES[rule].dims else ((3,), (4, 3), (300, 200)):
+            optimizer = BY_NAME[rule](rule=rule, weight_decay=0.1)
+            switches = {"nesterov": True} if hasattr(optimizer, "nesterov") else {}
+            hyper = optimizer.model_copy(update=switches).model_dump()
+            size = math.prod(shape)
+            slots = [slot.shape(shape) for slot in RULES[rule].slots(hyper)]
+            state = tuple(np.zeros(math.prod(s), np.float32) for s in slots if s is not None)
+            wire = np.zeros(size, NUMPY[gradient])
+            g = tensorwise.gradient(wire, gradient, "F32", hyper, 0.5, 1.0)
+            p = np.ones(size, np.float32)
+            tensorwise.step(rule, p, p, g, state, shape, hyper, 0, 0.1)
+    assert loaded == [set(module._loops) for module in (reduce, convert, passes)]
 
 
 @pytest.mark.usefixtures("cold")

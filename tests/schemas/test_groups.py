@@ -95,9 +95,17 @@ def test_bad_ones_say_where_and_what(fields, message):
     assert len(caught.value.detail) < 2000
 
 
-def test_a_rule_of_a_later_version_in_a_group():
-    with pytest.raises(NotSupportedYet):
-        made(groups=[{"params": ["a"], "rule": "muon"}])
+def test_a_field_of_a_later_version_in_a_group():
+    with pytest.raises(NotSupportedYet, match="fused"):
+        made(groups=[{"params": ["a"], "fused": True}])
+
+
+def test_a_rule_of_a_group_may_take_whole_tensors():
+    default, late = terms(made(groups=[{"params": ["w"], "rule": "muon", "lr": 0.3}]))
+    assert (default.hyper["rule"], late.hyper["rule"], late.hyper["lr"]) == ("adamw", "muon", 0.3)
+    assert late.hyper["ns_coefficients"] == (3.4445, -4.775, 2.0315)
+    changed = with_overrides([default, late], '{"group-1": {"ns_steps": 3, "eps": 0}}', "F32")
+    assert changed[1].hyper["ns_steps"] == 3
 
 
 def test_attaching_compares_groups_field_by_field():

@@ -1,6 +1,7 @@
 """docs/optimizers.md: a section for every rule, with all its options, their defaults, its state."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROWS = {
     for names, state, sizes in re.findall(r"^\| (`.*?`) \| (.*?) \| ([\d;to ]+) \|$", TEXT, re.M)
     for name in re.findall(r"`(\w+)`", names)
 }
-OPTION = re.compile(r"`(\w+)` (\[[^]]*\]|true|false|-?\d[\d.e-]*)(?<!\.)")
+OPTION = re.compile(r"`(\w+)` (\[[^]]*\]|true|false|\"\w+\"|-?\d[\d.e-]*)(?<!\.)")
 
 
 def model(rule, **stated):
@@ -47,5 +48,9 @@ def test_the_row_names_all_state(rule):
     for hyper in (model(rule), model(rule, **stated)):
         slots = [slot.name for slot in entry.slots(hyper)]
         assert set(slots) <= set(re.findall(r"`(\w+)`", state))
-        assert 4 * len(slots) in {int(size) for size in re.findall(r"\d+", sizes)}
+        for shape in ((5,), (1 << 20, 1 << 20)):
+            kept = [slot.shape(shape) for slot in entry.slots(hyper)]
+            elements = sum(math.prod(one) for one in kept if one is not None)
+            per_parameter = round(4 * elements / math.prod(shape))
+            assert per_parameter in {int(size) for size in re.findall(r"\d+", sizes)}
     assert {*slots, *entry.scalars} == set(re.findall(r"`(\w+)`", state))

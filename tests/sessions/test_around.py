@@ -99,7 +99,7 @@ def same(ours, theirs):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-RULES = ("sgd", "adam", "nadam", "asgd", "rprop", "adagrad", "lion")
+RULES = ("sgd", "adam", "nadam", "asgd", "rprop", "adagrad", "lion", "lamb", "lars", "adafactor")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -422,7 +422,9 @@ def test_a_push_that_misses_a_new_group_is_refused_where_all_must_come(sessions)
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("rule", ["nadam", "asgd", "rprop", "yogi", "adamax", "radam"])
+@pytest.mark.parametrize(
+    "rule", ["nadam", "asgd", "rprop", "yogi", "adamax", "radam", "lamb", "lars", "adafactor"]
+)
 def test_state_with_scalars_goes_round_and_training_goes_on_to_the_bit(sessions, rule):
     async def scenario():
         fields = {"missing": "skip", "ema": {"decay": 0.9}}
@@ -431,7 +433,7 @@ def test_state_with_scalars_goes_round_and_training_goes_on_to_the_bit(sessions,
             await push(one, {n: start(seed)[n] for n in came})
         facts, pieces = await one.export_state()
         two = await made(sessions, params(one), rule, **fields)
-        rows = [(f"{p.slot}/{p.entry.name}", "F32", p.entry.shape, p.flat) for p in pieces]
+        rows = [(f"{p.slot}/{p.entry.name}", "F32", p.shape, p.flat) for p in pieces]
         scalars = facts.get("scalars", {})
         await two.load_state(rows, facts["step"], facts["counts"], scalars)
         for seed in range(4, 7):
@@ -456,7 +458,7 @@ def test_a_state_that_would_poison_the_parameters_is_refused(sessions, slot, val
             flat = p.flat.copy()
             if p.slot == slot and p.entry.name == "c":
                 flat[2] = value
-            rows.append((f"{p.slot}/{p.entry.name}", "F32", p.entry.shape, flat))
+            rows.append((f"{p.slot}/{p.entry.name}", "F32", p.shape, flat))
         with pytest.raises(Nonfinite, match=f"{slot}/c"):
             await session.load_state(rows, 0, facts["counts"], {})
         same(state(session), before)

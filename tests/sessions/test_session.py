@@ -68,7 +68,7 @@ def key(sequence, base=(1, 1)):
 
 def rows_of(pieces):
     """An exported state as it is uploaded."""
-    return [(f"{p.slot}/{p.entry.name}", "F32", p.entry.shape, p.flat.copy()) for p in pieces]
+    return [(f"{p.slot}/{p.entry.name}", "F32", p.shape, p.flat.copy()) for p in pieces]
 
 
 async def made(sessions, name="s", **fields):
