@@ -393,9 +393,10 @@ class Muon(_Rule):
     )
     eps: Eps = 1e-7
     ns_steps: Annotated[int, Field(ge=0, lt=100)] = 5
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = Field(
         "original",
-        description="lr times sqrt(max(1, rows/columns)), or 0.2*sqrt(max(rows, columns)).",
+        description="lr times sqrt(max(1, rows/columns)), or 0.2*sqrt(max(rows, columns)); null, "
+        "as in torch, is original.",
     )
 
 

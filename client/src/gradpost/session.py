@@ -547,11 +547,12 @@ class Session:
         rows = self._document("GET", path_of(self.id), needs=("layout",))["layout"]
         theirs = {str(row["name"]): tuple(row["shape"]) for row in rows}
         ours = {name: _shape(value) for name, value in params.items()}
-        if ours != theirs:
-            name, shape = min(ours.items() ^ theirs.items())
+        other = ours.items() - theirs.items()  # a group that was added since may have more
+        if other:
+            name, shape = min(other)
             detail = (
-                f"Session {self.id!r} exists and its tensors are not those of params (one that "
-                f"differs: {name!r} of shape {list(shape)}); leave params out, or take another id."
+                f"Session {self.id!r} exists and its tensors are not those of params (it has no "
+                f"{name!r} of shape {list(shape)}); leave params out, or take another id."
             )
             raise refusal(409, {"type": f"{PROBLEM_PREFIX}spec-differs", "detail": detail})
 
