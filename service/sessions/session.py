@@ -316,7 +316,8 @@ class Session:
         terms = self._terms_of(control)
         gradient = self._fitted(arena, gradient)
         parts = update.examining(arena, terms, gradient.flat, gradient.dtype)
-        found = yield [partial(self._digest, gradient), *(thunk for _, thunk in parts)]
+        marking = (gradient.flat.size, partial(self._digest, gradient))
+        found = yield from update.together([marking, *(sized for _, sized in parts)])
         mark = found[0]
         sums = update.summed(
             len(terms), [(index, one) for (index, _), one in zip(parts, found[1:], strict=True)]

@@ -18,6 +18,7 @@ from service.sessions.layout import Entry
 from service.sessions.runs import Run
 
 Thunk = Callable[[], Any]
+_COSTLY = 16  # an element of a rule per tensor is the work of so many others, or of more
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -76,14 +77,40 @@ class Done(NamedTuple):
     param_norm: float | None
 
 
+Sized = tuple[int, Thunk]
+"""A thunk, and about how many elements' work it is."""
+
+
+def together(sized: Sequence[Sized]) -> Program[list[Any]]:
+    """Runs thunks, small ones several in a row: a hop to a thread costs as much as 10 k elements.
+
+    Returns:
+        Their results, in their order.
+    """
+    batches: list[list[Thunk]] = []
+    room = 0
+    for size, thunk in sized:
+        if not batches or size > room:
+            batches.append([])
+            room = cpu.ALONE
+        batches[-1].append(thunk)
+        room -= size
+    found: list[list[Any]] = yield [partial(_in_a_row, batch) for batch in batches]
+    return [one for row in found for one in row]
+
+
+def _in_a_row(batch: Sequence[Thunk]) -> list[Any]:
+    return [thunk() for thunk in batch]
+
+
 def examining(
     arena: Arena, terms: Sequence[Terms], flat: Array, dtype: str
-) -> list[tuple[int, Thunk]]:
-    """Thunks that each give (sums of squares, largest element) of a part of one group.
+) -> list[tuple[int, Sized]]:
+    """By group, thunks that give (sums of squares, largest element) of a part of it.
 
     What is frozen counts for nothing; the largest element is looked for only where it matters.
     """
-    found: list[tuple[int, Thunk]] = []
+    found: list[tuple[int, Sized]] = []
     for index, (group, one) in enumerate(zip(arena.groups, terms, strict=True)):
         size = group.span.hi - group.span.lo
         if one.frozen or not size:
@@ -91,7 +118,7 @@ def examining(
         part = flat[group.span.lo : group.span.hi]
         bounded = one.clip is not None and one.clip.value is not None
         found += [
-            (index, partial(_examine, part, dtype, lo, hi, bounded=bounded))
+            (index, (hi - lo, partial(_examine, part, dtype, lo, hi, bounded=bounded)))
             for lo, hi in cpu.chunks(0, size)
         ]
     return found
@@ -293,18 +320,19 @@ def perform(
         decay: Of the average, if one is kept.
         norms: Measure the change and the result.
     """
-    thunks: list[Thunk] = []
+    sized: list[Sized] = []
     for step in work.steps:
         if isinstance(step, Whole):
-            thunks.append(partial(_whole, step, before, after, flat, norms=norms))
+            thunk = partial(_whole, step, before, after, flat, norms=norms)
+            sized.append((_COSTLY * (step.run.hi - step.run.lo), thunk))
         else:
-            thunks += _running(step, before, after, flat, norms=norms)
+            sized += _running(step, before, after, flat, norms=norms)
     if before is not after:
-        thunks += [
-            partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi])
+        sized += [
+            (run.hi - run.lo, partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi]))
             for _, run in work.kept
         ]
-    results: list[Any] = yield thunks
+    results = yield from together(sized)
     changes = [blocks for done in results if done is not None for blocks in done[1]]
     finite = all(done[0] for done in results if done is not None)
     _advance(work)
@@ -328,10 +356,12 @@ def _advance(work: Work) -> None:
         step = work.steps[0]
         step.group.runs = (step.after,)
         return
-    groups = {id(step.group): step.group for step in work.steps}
-    for group in groups.values():
-        parts = [step.after for step in work.steps if step.group is group]
-        parts += [run for other, run in work.kept if other is group]
+    found: dict[int, tuple[Ruled, list[Run]]] = {}
+    for step in work.steps:
+        found.setdefault(id(step.group), (step.group, []))[1].append(step.after)
+    for other, run in work.kept:
+        found.setdefault(id(other), (other, []))[1].append(run)
+    for group, parts in found.values():
         parts.sort(key=lambda run: run.first)
         group.runs = stretches.joined(parts)
 
@@ -340,7 +370,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _running(step: Step, before: Array, after: Array, flat: Array, *, norms: bool) -> list[Thunk]:
+def _running(step: Step, before: Array, after: Array, flat: Array, *, norms: bool) -> list[Sized]:
     """The kernel over one run, in chunks; each thunk gives (finite, sums of squared changes)."""
     span = step.group.span
     source = before[span.lo : span.hi]
@@ -348,7 +378,10 @@ def _running(step: Step, before: Array, after: Array, flat: Array, *, norms: boo
     grads = flat[span.lo : span.hi]
     run = _measured if norms else _plain
     return [
-        partial(run, step.kernel, source, target, grads, step.group.state, step.h, lo, hi)
+        (
+            hi - lo,
+            partial(run, step.kernel, source, target, grads, step.group.state, step.h, lo, hi),
+        )
         for lo, hi in cpu.chunks(step.run.lo - span.lo, step.run.hi - span.lo)
     ]
 

@@ -170,3 +170,9 @@ def test_the_lock_files_are_plain_pins():
     for name in ("requirements.lock", "requirements-dev.lock"):
         for line in (ROOT / name).read_text().splitlines():
             assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line)
+
+
+def test_torch_stays_in_its_room():
+    for path in modules("service", "kernels", "client/src", "examples"):
+        if "gradpost/torch/" not in path.as_posix():
+            assert not any(m.split(".")[0] == "torch" for m in imports(path)), path

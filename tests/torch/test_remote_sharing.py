@@ -192,9 +192,11 @@ def test_the_server_may_have_been_patched_before_one_attaches(remote):
     assert two.summary.lr == 1.0  # as its param_groups say
 
 
-def test_what_fails_in_the_constructor_leaves_no_connection(server):
-    twins_ = twins.twice((3,))
-    RemoteOptimizer(twins_[0], server, "constructed", rule="adam").close()
+def test_what_fails_in_the_constructor_leaves_no_connection(remote, server, monkeypatch):
+    remote(twins.params((3,)), id="constructed")
+    closed = []
+    close = Session.close
+    monkeypatch.setattr(Session, "close", lambda self: (closed.append(self.id), close(self)))
     with pytest.raises(SpecDiffers, match="not those of params"):
         RemoteOptimizer(twins.params((4,)), server, "constructed", rule="adam")
-    Session(server, "constructed").delete()
+    assert closed == ["constructed"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gradpost.calls import members, read_json
+from gradpost.calls import read_json
 from gradpost.errors import TransportError
 from gradpost.protocol import EPOCH, INCARNATION, SUMMARY, VERSION
 from gradpost.summary import Summary
@@ -51,12 +51,6 @@ class Buffer:
 def summary_of(answer: Answer) -> Summary:
     """What a push did."""
     return Summary.of(read_json(answer))
-
-
-def version_of(answer: Answer) -> Version:
-    """Where the session is, or what an upload resulted in."""
-    found = members(answer, ("epoch", "version"))
-    return int(found["epoch"]), int(found["version"])
 
 
 _SAID = (EPOCH, VERSION, INCARNATION, SUMMARY)

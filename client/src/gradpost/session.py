@@ -21,7 +21,6 @@ from gradpost.answers import (
     state_of,
     summary_of,
     tensors_of,
-    version_of,
 )
 from gradpost.calls import Calls, members, path_of
 from gradpost.errors import (
@@ -174,11 +173,15 @@ class Session:
         session = cls._open(
             url, id or uuid.uuid4().hex, proxy, ca_certs, api_key, worker, policy, seed
         )
-        found = session._document("PUT", path_of(session.id), spec, ("dtype",))
-        session._note(found)
-        session.attached = bool(found.get("attached"))
-        if params is not None:
-            session._initialise(params)
+        try:
+            found = session._document("PUT", path_of(session.id), spec, ("dtype",))
+            session._note(found)
+            session.attached = bool(found.get("attached"))
+            if params is not None:
+                session._initialise(params)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     @classmethod
@@ -200,7 +203,11 @@ class Session:
             SessionUnknown: There is none of this id.
         """
         session = cls._open(url, id, proxy, ca_certs, api_key, worker, policy, seed)
-        session.info()
+        try:
+            session.info()
+        except BaseException:
+            session.close()
+            raise
         session.attached = True
         return session
 
@@ -670,14 +677,20 @@ class Session:
 
     def _replace(self, what: str, body: Sequence[Part], *, first_only: bool = False) -> None:
         """Uploads parameters or state, once, and takes the version that results."""
+        seen: list[str | None] = [None]
+
+        def read(answer: Answer) -> Version:
+            found = members(answer, ("epoch", "version"))
+            seen.append(found.get("incarnation"))
+            return int(found["epoch"]), int(found["version"])
 
         def look(timeout: float) -> Base:
-            return Base(*self._calls.send("GET", path_of(self.id), version_of, timeout))
+            return Base(*self._calls.send("GET", path_of(self.id), read, timeout))
 
         def put(condition: Mapping[str, str], timeout: float) -> Version:
             headers = {**_BINARY, **condition}
             path = path_of(self.id, what)
-            return self._calls.send("PUT", path, version_of, timeout, headers=headers, body=body)
+            return self._calls.send("PUT", path, read, timeout, headers=headers, body=body)
 
         if first_only:
             version = self._run(lambda timeout: put({"If-None-Match": "*"}, timeout))
@@ -685,6 +698,7 @@ class Session:
             version = self._run(Upload(look, put))
         with self._lock:
             self.version = version
+            self._incarnation = seen[-1] or self._incarnation
 
     def _later(self, call: Callable[[], T]) -> "Future[T]":
         """Queues a call, which `close` lets run to its end."""
@@ -727,7 +741,8 @@ def _control(overrides: Overrides | None, grad_scale: float | None) -> list[tupl
     """Control values of a push, as a query carries them."""
     found = []
     if overrides:
-        found.append(("overrides", json.dumps(overrides, allow_nan=False)))
+        text = json.dumps(overrides, allow_nan=False, separators=(",", ":"))  # a head has a limit
+        found.append(("overrides", text))
     if grad_scale is not None:
         found.append(("grad_scale", repr(float(grad_scale))))
     return found
