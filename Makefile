@@ -3,21 +3,25 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 TORCH := .venv-torch
+INTEGRATIONS := .venv-integrations
 PY := $(VENV)/bin/python
 CODE := service kernels client/src scripts benchmarks examples tests
 LOCKS := requirements.lock requirements-dev.lock scripts/setup.sh client/pyproject.toml
 
-.PHONY: help serve demo test test-torch lint format bench bench-quick openapi lock \
-	lint-container container-check
+.PHONY: help serve demo test test-torch test-integrations lint format bench bench-quick openapi \
+	lock lint-container container-check
 
 help: ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
 
 $(VENV)/.ready: $(LOCKS)
 	@scripts/setup.sh $(VENV)
 
 $(TORCH)/.ready: $(LOCKS)
 	@scripts/setup.sh $(TORCH) torch==2.13.0 expecttest
+
+$(INTEGRATIONS)/.ready: $(LOCKS) requirements-integrations.txt
+	@scripts/setup.sh $(INTEGRATIONS) -r requirements-integrations.txt
 
 serve: $(VENV)/.ready ## start a server on 127.0.0.1:8000
 	$(PY) -m service serve
@@ -30,6 +34,9 @@ test: $(VENV)/.ready ## all tests that need no torch
 
 test-torch: $(TORCH)/.ready ## live parity with torch 2.13
 	GRADPOST_TEST_TORCH=1 $(TORCH)/bin/python -m pytest -q tests/torch
+
+test-integrations: $(INTEGRATIONS)/.ready ## transformers, accelerate, lightning, DDP
+	GRADPOST_TEST_INTEGRATIONS=1 $(INTEGRATIONS)/bin/python -m pytest -q tests/integrations
 
 lint: $(VENV)/.ready ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check $(CODE)

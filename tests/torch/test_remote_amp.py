@@ -53,6 +53,29 @@ def test_as_torchs_own(remote, rule, unscale):
     assert not hasattr(optimizer, "grad_scale")
 
 
+@pytest.mark.parametrize("clip", [False, True], ids=["scaled", "clipped"])
+def test_the_scaler_may_unscale(remote, clip):
+    theirs, ours = twins.twice((4, 3), (5,))
+    local, optimizer = torch.optim.Adam(theirs, lr=0.1), remote(ours, lr=0.1, unscale="scaler")
+    recorder = record(optimizer)
+    pairs = [(scaler(), local, theirs), (scaler(), optimizer, ours)]
+    for seed in range(16):
+        for one, stepping, params in pairs:
+            stepping.zero_grad()
+            scaled(one, params, seed)
+            if clip:
+                one.unscale_(stepping)
+                clip_grad_norm_(params, 0.5)
+            one.step(stepping)
+            one.update()
+        twins.assert_close(ours, theirs)
+        assert pairs[0][0].get_scale() == pairs[1][0].get_scale()
+    assert len(recorder.pushes()) == 16 - len(INFINITE)
+    assert not any("grad_scale=" in path for _, path, _ in recorder.pushes())
+    with pytest.raises(ValueError, match="server or scaler"):
+        remote(ours, unscale="nobody")
+
+
 def test_the_gradients_stay_as_backward_left_them(remote):
     params = twins.params((3, 3), (2,))
     optimizer, one = remote(params), scaler()

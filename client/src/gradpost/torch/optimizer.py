@@ -17,7 +17,7 @@ from gradpost.torch import names, rules, tensors
 from gradpost.torch.groups import Groups, Held, ParamGroups
 from gradpost.torch.link import Link, arrays
 from gradpost.torch.pending import Pending
-from gradpost.torch.state import by_param, from_torch, to_torch
+from gradpost.torch.state import by_param, from_torch, same, to_torch
 from gradpost.transport import Transport
 
 _MOVED = (StaleGradient, EpochChanged, VersionUnknown)
@@ -55,6 +55,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         norms: Measure update_norm and param_norm too.
         on_refused: "drop": a gradient for a model that has moved on is dropped, the new parameters
             are pulled, and the first time there is a warning; "raise": the refusal is raised.
+        unscale: Who divides gradients that a GradScaler has multiplied: the "server" (default), in
+            its own precision; or the "scaler", in place and before the push, as with torch's
+            optimizers that are not fused. Lightning clips under mixed precision only then.
         api_key, worker, policy, seed, proxy, ca_certs: As for `Session.create`.
         hyper: Hyperparameters by torch's names.
 
@@ -66,7 +69,6 @@ class RemoteOptimizer(torch.optim.Optimizer):
     param_groups: list[dict[str, Any]]
     defaults: dict[str, Any]
     state: defaultdict[torch.Tensor, Any]
-    _step_supports_amp_scaling = True  # GradScaler leaves grad_scale and found_inf to `step`
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         ema: Mapping[str, Any] | None = None,
         norms: bool | None = None,
         on_refused: str = "drop",
+        unscale: str = "server",
         api_key: str | None = None,
         worker: str | None = None,
         policy: RetryPolicy | None = None,
@@ -93,9 +96,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
     ) -> None:
         if on_refused not in ("drop", "raise"):
             raise ValueError(f"on_refused is drop or raise, not {on_refused!r}.")
+        if unscale not in ("server", "scaler"):
+            raise ValueError(f"unscale is server or scaler, not {unscale!r}.")
         self.dropped = 0
         self.summary: Summary | None = None
         self._on_refused = on_refused
+        # If true, GradScaler leaves grad_scale and found_inf to `step`. Not of the class: wrappers
+        # that inherit from it, such as Lightning's, would not look at the instance.
+        self._step_supports_amp_scaling = unscale == "server"
         self._scheduled = schedule is not None
         self._pending: Pending | None = None
         self._groups = Groups(rule)
@@ -322,9 +330,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes the groups and sends the state to the server, and the parameters if they differ.
+        """Takes the groups and sends state and parameters to the server, each if it differs.
 
-        In a shared session that is for all its workers: a new epoch begins.
+        In a shared session that is for all its workers: a new epoch begins. What the server has
+        already is not sent, and begins none.
 
         Args:
             state_dict: Of this optimizer, or of torch's optimizer of this rule.
@@ -361,9 +370,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         own = by_param(self.param_groups, saved)
         each, hyper = self._groups.rules(self.param_groups), self._groups.hyper()
         now = self.session.state()
-        self.session.set_state(
-            from_torch(now, own, self._groups.entries, each, hyper, self._master)
-        )
+        wanted = from_torch(now, own, self._groups.entries, each, hyper, self._master)
+        if not same(wanted, now):  # accelerate loads what it has fetched a moment before
+            self.session.set_state(wanted)
         self._link.settle(self._link.mirror.at, closely=True)
         self._link.pull()
 

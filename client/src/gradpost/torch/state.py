@@ -128,6 +128,16 @@ def from_torch(
     return State(tensors, counts, step, now.rule, scalars)
 
 
+def same(one: State, other: State) -> bool:
+    """Whether two states are equal, whenever they were read."""
+    return (
+        (one.counts, one.step, one.rule) == (other.counts, other.step, other.rule)
+        and one.scalars == other.scalars
+        and one.tensors.keys() == other.tensors.keys()
+        and all(np.array_equal(array, other.tensors[key]) for key, array in one.tensors.items())
+    )
+
+
 def _count(name: str, rule: str, own: Mapping[str, Any]) -> tuple[int, int]:
     """Updates of a tensor, and the step that its state says."""
     said = int(own["step"]) if "step" in own else 0
