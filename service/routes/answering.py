@@ -137,7 +137,7 @@ async def _rendered(
     summary: str | None,
     done: Callable[[], None],
 ) -> Response:
-    layout = session.ready.layout
+    layout = version.owner.layout  # the session's own may have grown since
     entries = select(layout, want.names)
     headers = {
         **_numbers(version.epoch, version.number, version.step),

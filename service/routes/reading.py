@@ -15,6 +15,7 @@ from service.limits import Budget
 from service.schemas import PushControl, parse_control
 from service.sessions.arena import Arena, Tensor
 from service.sessions.lane import in_pool
+from service.sessions.layout import Layout
 from service.sessions.session import Gradient, Session
 from service.wire import body, json, media, raw, safetensors
 from service.wire.fit import presence
@@ -93,15 +94,29 @@ async def gradient(request: Request, session: Session, query: dict[str, str]) ->
     if "overrides" in query:
         query = {**query, "overrides": json.loads(query["overrides"].encode())}
     control = parse_control(query, text=True)
-    session.precheck(control)
-    arena = session.ready
-    return await _streamed(request, session, arena, control, form)
+    known = session.precheck(control)
+    return await _streamed(request, session, control, form, known=known)
+
+
+def _anything(entry: object) -> bool:
+    """Lets any tensor be missing: a repeat is compared with what it repeats, not with the rules."""
+    return True
+
+
+def _prefix(layout: Layout, size: int) -> Layout:
+    """The layout of before a group was added, if a vector of this size was whole then."""
+    for count, entry in enumerate(layout.entries, 1):
+        if entry.offset + entry.size == size:
+            return Layout(layout.entries[:count])
+    return layout
 
 
 async def _streamed(
-    request: Request, session: Session, arena: Arena, control: PushControl, form: media.Media
+    request: Request, session: Session, control: PushControl, form: media.Media, *, known: bool
 ) -> Gradient:
     master = session.spec.dtype
+    arena = session.ready
+    layout = arena.layout
     length = body.content_length(
         request.headers.get("content-length"), body.largest_push(arena.layout, master)
     )
@@ -118,13 +133,14 @@ async def _streamed(
     try:
         if form.kind == "raw":
             assert form.dtype is not None
+            if known:
+                layout = _prefix(layout, length // DTYPES[form.dtype])
             reader: raw.RawReader | safetensors.SafetensorsReader = raw.raw_reader(
-                arena.layout, form.dtype, master, length, acquire
+                layout, form.dtype, master, length, acquire
             )
         else:
-            reader = safetensors.grads_reader(
-                arena.layout, master, length, acquire, session.may_miss
-            )
+            may_miss = _anything if known else session.may_miss
+            reader = safetensors.grads_reader(layout, master, length, acquire, may_miss)
         await body.receive(stream(request), length, reader)
     except BaseException:
         release()
@@ -132,9 +148,10 @@ async def _streamed(
     dtype = reader.dtype
     assert dtype is not None
     flat = taken[0][: arena.size * DTYPES[dtype]].view(NUMPY[dtype])
-    present = None
+    came: Mapping[str, Any] = layout.index
     if isinstance(reader, safetensors.SafetensorsReader):
-        present = presence(arena.layout, reader.names)
+        came = reader.names
+    present = presence(arena.layout, came)
     return Gradient(flat, dtype, control, release, present)
 
 
@@ -153,7 +170,7 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
             errors=[{"field": "grads", "message": "Missing."}],
         )
     control = parse_control({k: v for k, v in found.items() if k != "grads"}, text=False)
-    session.precheck(control)
+    known = session.precheck(control)
     arena = session.ready
     master = session.spec.dtype
     limit = request.app.state.settings.json_elements
@@ -167,7 +184,7 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
 
     flat = buffer[: arena.size * DTYPES[master]].view(NUMPY[master])
     try:
-        json.fill(arena.layout, came, flat, session.may_miss)
+        json.fill(arena.layout, came, flat, _anything if known else session.may_miss)
     except BaseException:
         release()
         raise

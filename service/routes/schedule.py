@@ -12,6 +12,8 @@ from service.sessions.session import Session
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
 MOST = 10_000
+NUMBERS = 50_000
+"""Rates that one answer holds: some 50 ms of the event loop."""
 
 
 @router.get(
@@ -37,6 +39,10 @@ async def preview(id: str, request: Request) -> Response:
         raise invalid(unknown[0][:80], "Not known here; a preview takes steps.")
     steps = parse_count("steps", asked.get("steps", "100"), 1, MOST)
     session.check_alive()
+    if steps * len(session.terms) > NUMBERS:
+        raise invalid(
+            "steps", f"At most {NUMBERS // len(session.terms)} for {len(session.terms)} groups."
+        )
     first = session.step
     factors = [factor(session.spec.schedule, first + k) for k in range(steps)]
     rates = {one.name: [float(one.hyper["lr"]) * f for f in factors] for one in session.terms}

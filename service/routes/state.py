@@ -158,7 +158,7 @@ def _facts(facts: Any, session: Session) -> tuple[int, dict[str, int], dict[str,
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def _are_numbers(value: Any) -> bool:

@@ -20,6 +20,8 @@ _SOON = {
     "weight": "weights of contributions; update mode sync comes later",
     "found_inf": "do not push such a gradient, or create the session with on_nonfinite: skip",
 }
+MOST_GROUPS = 1001
+MOST_FIELDS = 64
 _SCALES = (1e-30, 1e30)
 
 
@@ -166,6 +168,8 @@ def _overrides(value: Any) -> str | None:
         raise invalid(
             "overrides", 'An object: group name → hyperparameters, as {"default": {"lr": 0.1}}.'
         )
+    if len(value) > MOST_GROUPS or any(len(fields) > MOST_FIELDS for fields in value.values()):
+        raise invalid("overrides", "More groups or fields than any session has.")
     kept = {name: fields for name, fields in value.items() if fields}
     return json.dumps(kept, sort_keys=True) if kept else None
 

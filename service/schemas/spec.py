@@ -179,12 +179,13 @@ def apply_patch(spec: Spec, patch: object) -> Spec:
         raise invalid("", 'Send an object with the fields to change, as {"optimizer": {"lr": 1}}.')
     if "params" in patch:
         raise invalid("params", "A PATCH changes no parameters; PUT them to the session's params.")
-    base = spec.model_dump(mode="json")
+    # Only what was stated: a group inherits that, and not defaults that another preset gave.
+    base = spec.model_dump(mode="json", exclude_unset=True)
     for name, value in patch.items():
         if name in _NESTED and isinstance(value, dict):
-            base[name] = {**base[name], **value}
+            base[name] = {**base.get(name, {}), **value}
         elif name == "groups":
-            base[name] = _patched_groups(spec, base[name], value)
+            base[name] = _patched_groups(spec, base.get(name, []), value)
         else:
             base[name] = value
     rule = base["optimizer"].get("rule") if isinstance(base["optimizer"], dict) else None

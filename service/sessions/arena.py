@@ -26,8 +26,9 @@ Tensor = tuple[str, str, tuple[int, ...], Array]
 """Name, wire dtype, shape, and the flat values as they are stored in that dtype."""
 
 
-MATCHES = 2_000_000
-"""Patterns times tensors that a creation may match: about a second."""
+MATCHES = 100_000_000
+"""Characters of patterns times characters of names that a creation may match: some seconds at
+worst."""
 
 
 class Piece(NamedTuple):
@@ -164,7 +165,7 @@ def make(
         )
         return Arena(
             layout,
-            Versions(layout.size, kind, settings.max_versions, budget),
+            Versions(layout.size, kind, settings.max_versions, budget, layout),
             groups,
             Gradients(flat_bytes, budget),
             np.zeros(layout.size, kind) if average else None,
@@ -208,10 +209,11 @@ def members(groups: Sequence[Group], names: Sequence[str]) -> list[int]:
     """
     known = set(names)
     found = dict.fromkeys(names, 0)
-    patterns = sum(pattern not in known for group in groups for pattern in group.params)
-    if patterns * len(names) > MATCHES:
+    patterns = {p for group in groups for p in group.params if p not in known}
+    if sum(map(len, patterns)) * sum(map(len, names)) > MATCHES:
         raise TensorMismatch(
-            f"{patterns} patterns for {len(names)} tensors are too many to match; name the tensors."
+            f"{len(patterns)} patterns for {len(names)} tensors are too many to match; name the "
+            "tensors, or write shorter patterns."
         )
     for index, group in enumerate(groups):
         for pattern in dict.fromkeys(group.params):

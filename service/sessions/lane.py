@@ -11,6 +11,7 @@ from kernels.pool import Pool
 from service.errors import ShuttingDown
 
 T = TypeVar("T")
+U = TypeVar("U")
 Program = Generator[Sequence[Callable[[], Any]], list[Any], T]
 
 
@@ -19,6 +20,7 @@ class _Waiting(NamedTuple):
     result: asyncio.Future[Any]
     since: float
     here: Callable[[], bool]
+    then: Callable[[Any], Any] | None
 
 
 BURST = 32
@@ -92,21 +94,35 @@ class Lane:
 
     async def run(self, program: Program[T]) -> T:
         """Queues a program and awaits its result; cancelling the caller does not stop it."""
-        return await asyncio.shield(self.submit(program))
+        found: T = await asyncio.shield(self.submit(program))
+        return found
 
-    def submit(self, program: Program[T], *, here: Callable[[], bool] = never) -> asyncio.Future[T]:
+    async def run_then(self, program: Program[T], then: Callable[[T], U]) -> U:
+        """As `run`, and `then` with the result, as `submit` says; returns what that returns."""
+        found: U = await asyncio.shield(self.submit(program, then=then))
+        return found
+
+    def submit(
+        self,
+        program: Program[T],
+        *,
+        here: Callable[[], bool] = never,
+        then: Callable[[Any], Any] | None = None,
+    ) -> asyncio.Future[Any]:
         """Queues a program.
 
         Args:
             program: What to run.
             here: Asked when its turn comes: run it on the event loop? For work shorter than the
                 hop to a thread and back (docs/decisions/0007), which must not compile or wait.
+            then: Called on the event loop with the result, before anything else runs there or in
+                the lane; its own result counts. For changes that no reader may see half of.
 
         Returns:
             Its result. Await it shielded: cancelling it would not stop the program.
         """
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(program, result, time.perf_counter(), here))
+        self._waiting.append(_Waiting(program, result, time.perf_counter(), here, then))
         if not self._busy:
             self._go_on()
         return result
@@ -118,17 +134,17 @@ class Lane:
             if self._busy or not self._waiting:
                 return
             self._busy = True
-            program, result, since, here = self._waiting.popleft()
+            program, result, since, here, then = self._waiting.popleft()
             self.started_at = time.perf_counter()
             self.queued_s = self.started_at - since
             if here():
-                self._end(result, *_drive(program))
+                self._end(result, then, *_drive(program))
                 continue
             try:
-                self._pool.submit(program, partial(self._back, loop, result))
+                self._pool.submit(program, partial(self._back, loop, result, then))
             except RuntimeError:  # the pool is closed; the program has not begun
                 program.close()
-                self._end(result, None, stopping())
+                self._end(result, None, None, stopping())
         if self._waiting and not self._busy:
             loop.call_soon(self._resume)
 
@@ -140,19 +156,37 @@ class Lane:
         self,
         loop: asyncio.AbstractEventLoop,
         result: asyncio.Future[Any],
+        then: Callable[[Any], Any] | None,
         value: Any,
         error: BaseException | None,
     ) -> None:
         """Hands a result from a thread of the pool to the event loop."""
-        loop.call_soon_threadsafe(self._finish, result, value, error)
+        loop.call_soon_threadsafe(self._finish, result, then, value, error)
 
-    def _finish(self, result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    def _finish(
+        self,
+        result: asyncio.Future[Any],
+        then: Callable[[Any], Any] | None,
+        value: Any,
+        error: BaseException | None,
+    ) -> None:
         """Takes a result from the pool, on the event loop."""
-        self._end(result, value, error)
+        self._end(result, then, value, error)
         self._go_on()
 
-    def _end(self, result: asyncio.Future[Any], value: Any, error: BaseException | None) -> None:
+    def _end(
+        self,
+        result: asyncio.Future[Any],
+        then: Callable[[Any], Any] | None,
+        value: Any,
+        error: BaseException | None,
+    ) -> None:
         self._busy = False
+        if then is not None and error is None:
+            try:
+                value = then(value)
+            except Exception as failure:
+                error = failure
         _settle(result, value, error)
         self._after()
 

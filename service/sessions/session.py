@@ -21,12 +21,13 @@ from service.errors import (
     ServiceError,
     SessionGone,
     StaleGradient,
+    TensorMismatch,
     VersionPending,
     VersionUnknown,
 )
 from service.limits import Budget
 from service.metrics import Metrics
-from service.schemas import PushControl, Spec, Terms, with_overrides
+from service.schemas import Group, PushControl, Spec, Terms, with_overrides
 from service.schemas import terms as terms_of
 from service.sessions import transfer, update
 from service.sessions.arena import Arena, Array, Piece, Tensor
@@ -105,6 +106,8 @@ class Session:
         self.spec = spec
         self.terms: tuple[Terms, ...] = terms_of(spec)
         self.created_with = spec
+        self.added: dict[str, Group] = {}
+        """Groups that came later, as they were stated then."""
         self.incarnation = uuid.uuid4().hex
         self.revision = 1
         self.at = Position(epoch, 0, 0)
@@ -222,10 +225,14 @@ class Session:
             )
         return staleness
 
-    def precheck(self, control: PushControl) -> None:
+    def precheck(self, control: PushControl) -> bool:
         """The checks that need no body, so that a refusal costs no upload.
 
-        A known key is not refused: its body is read and compared.
+        A known key is not refused: its body is read and compared, whatever the session admits by
+        now.
+
+        Returns:
+            Whether the key is known.
 
         Raises:
             InFlight: The same key is being committed.
@@ -242,13 +249,27 @@ class Session:
                     retry_after_s=1,
                 )
             if self.ledger.find(*key) is not None:
-                return
+                return True
         self.check_base(control)
         self._terms_of(control)
+        return False
 
     def may_miss(self, entry: EntryLike) -> bool:
         """Whether a push may leave a tensor out."""
         return self.spec.missing == "skip" or self.terms[getattr(entry, "group", 0)].frozen
+
+    def _check_complete(self, arena: Arena, gradient: Gradient) -> None:
+        """Refuses a push that lacks tensors by now: it was read under other rules."""
+        if gradient.present is None:
+            return
+        pairs = zip(arena.layout.entries, gradient.present, strict=True)
+        lacking = [entry.name for entry, came in pairs if not came and not self.may_miss(entry)]
+        if lacking:
+            raise TensorMismatch(
+                f"The push lacks {lacking[0]!r}; send every tensor of the session.",
+                missing=lacking[:20],
+                missing_count=len(lacking),
+            )
 
     def _terms_of(self, control: PushControl) -> Sequence[Terms]:
         return with_overrides(self.terms, control.overrides, self.spec.dtype)
@@ -263,7 +284,7 @@ class Session:
                 which may be after a cancelled caller has gone.
             hold: Pin the version that results, for an answer with parameters.
         """
-        outcome = self.lane.submit(
+        outcome: asyncio.Future[Outcome] = self.lane.submit(
             self._push_once(gradient, hold=hold), here=partial(self._is_small, gradient)
         )
         if outcome.done():
@@ -315,6 +336,7 @@ class Session:
         staleness = self.check_base(control)
         terms = self._terms_of(control)
         gradient = self._fitted(arena, gradient)
+        self._check_complete(arena, gradient)
         parts = update.examining(arena, terms, gradient.flat, gradient.dtype)
         marking = (gradient.flat.size, partial(self._digest, gradient))
         found = yield from update.together([marking, *(sized for _, sized in parts)])
@@ -529,7 +551,9 @@ class Session:
             SpecDiffers: There is a group of this name, of other fields or tensors.
             TensorMismatch: A tensor that the session has already.
         """
-        return await self.lane.run(transfer.add_group(self, group, tensors))
+        return await self.lane.run_then(
+            transfer.add_group(self, group, tensors), partial(transfer.adopt, self)
+        )
 
     def check_first(self) -> None:
         """Refuses an upload that only the first of several workers may make."""

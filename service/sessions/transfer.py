@@ -6,7 +6,7 @@ Programs of the lane. Each checks everything that may be refused before its firs
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -177,10 +177,22 @@ def freed(arena: Arena, dtype: str) -> int:
 # Groups
 
 
+class Grown(NamedTuple):
+    """The arrays and the specification with one more group."""
+
+    arena: Arena
+    spec: Spec
+    added: Group
+
+
 def add_group(
     session: "Session", stated: Mapping[str, Any], tensors: Sequence[Tensor]
-) -> Program[bool]:
-    """Appends a group and its tensors; the others keep parameters, state, counts and places."""
+) -> "Program[Grown | None]":
+    """Appends a group and its tensors; the others keep parameters, state, counts and places.
+
+    Returns:
+        What `adopt` takes; None if the session has this very group.
+    """
     arena = session.ready
     spec = session.spec
     names = [name for name, _, _, _ in tensors]
@@ -188,9 +200,10 @@ def add_group(
         raise TensorMismatch("The group holds no tensors; send them with it.")
     added = parse_group({**stated, "params": names})
     if added.name is not None and _is_there(session, added):
-        return False
-    base = spec.model_dump(mode="json")
-    changed, _ = parse_spec({**base, "groups": [*base["groups"], added.model_dump(mode="json")]})
+        return None
+    base = spec.model_dump(mode="json", exclude_unset=True)
+    own = added.model_dump(mode="json", exclude_unset=True)
+    changed, _ = parse_spec({**base, "groups": [*base.get("groups", ()), own]})
     again = sorted(set(names) & arena.layout.index.keys())
     if again:
         raise TensorMismatch(
@@ -214,10 +227,22 @@ def add_group(
         raise
     for old, new in zip(arena.groups, grown.groups, strict=False):
         new.state, new.runs = old.state, old.runs
-    session.shared.budget.release(freed(arena, spec.dtype))
-    session.arena = grown
-    session.respecify(changed)
-    _publish(session, grown, target)
+    now = session.at._replace(version=session.version + 1)
+    grown.versions.publish(now.epoch, now.version, now.step, target)
+    return Grown(grown, changed, added)
+
+
+def adopt(session: "Session", grown: "Grown | None") -> bool:
+    """Puts what `add_group` made in the old one's place: on the event loop, in one go."""
+    if grown is None:
+        return False
+    assert session.arena is not None
+    session.shared.budget.release(freed(session.arena, session.spec.dtype))
+    session.arena = grown.arena
+    session.respecify(grown.spec)
+    session.at = session.at._replace(version=session.version + 1)
+    if grown.added.name is not None:
+        session.added[grown.added.name] = grown.added
     return True
 
 
@@ -230,7 +255,7 @@ def _is_there(session: "Session", added: Group) -> bool:
     for group in session.spec.groups:
         if group.name != added.name:
             continue
-        if group == added:
+        if session.added.get(added.name or "", group) == added:  # a PATCH since does not count
             return True
         raise SpecDiffers(
             f"Session {session.id!r} has another group named {group.name!r}; take another name.",

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from service.errors import Overloaded
 from service.limits import Budget
+from service.sessions.layout import Layout
+
+EMPTY = Layout(())
 
 
 @dataclass(eq=False)
@@ -33,7 +36,16 @@ class Versions:
     Thread-safe: readers hold and release on the event loop, the lane writes in pool threads.
     """
 
-    def __init__(self, size: int, dtype: np.dtype, limit: int, budget: Budget) -> None:
+    def __init__(
+        self,
+        size: int,
+        dtype: np.dtype,
+        limit: int,
+        budget: Budget,
+        layout: Layout = EMPTY,
+    ) -> None:
+        self.layout = layout
+        """Of every version here: a session whose layout grows gets other versions."""
         self._size = size
         self._dtype = dtype
         self._bytes = size * dtype.itemsize

@@ -1,6 +1,7 @@
 """Groups, absent tensors, overrides, schedules and averages over HTTP."""
 
 import json
+import threading
 from urllib.parse import quote
 
 import numpy as np
@@ -239,3 +240,116 @@ def test_skipped_pushes_are_in_the_history_and_it_is_followed_without_gaps(api):
     assert api.call("GET", f"{path}?limit=2").json["steps"] == rows[-2:]
     assert api.call("GET", f"{path}?after_step=2").json["steps"] == rows[2:]
     assert api.call("GET", f"{path}?after_step=4").json["steps"] == rows[5:]
+
+
+def _drop(api):
+    assert api.call("PATCH", "/v1/sessions/m", {"missing": "refuse"}).status == 200
+
+
+def _thaw(api):
+    change = {"missing": "refuse", "groups": [{"name": "g", "frozen": False}]}
+    assert api.call("PATCH", "/v1/sessions/m", change).status == 200
+
+
+def _grow(api):
+    body = {"group": {"name": "late"}, "params": {"n": [1.0]}}
+    assert api.call("POST", "/v1/sessions/m/groups", body).status == 201
+
+
+def _grow_and_refuse(api):
+    _grow(api)
+    _drop(api)
+
+
+@pytest.mark.parametrize("change", [_drop, _thaw, _grow, _grow_and_refuse])
+@pytest.mark.parametrize("first", [*PARTIAL, "raw"])
+def test_a_replay_is_one_whatever_the_session_admits_by_now(api, change, first):
+    api.make(optimizer=SGD, missing="skip", groups=[{**GROUP, "params": ["s"], "frozen": True}])
+    key = {"worker": "w", "sequence": 1, "base_version": 1}
+    query = "&".join(f"{name}={value}" for name, value in key.items())
+
+    def push():
+        if first != "raw":
+            return PARTIAL[first](api, key)
+        whole = flat({name: GRADS[name] for name in "wbs"}).tobytes()
+        return api.call("POST", f"{STEPS}?{query}", whole, content_type=f"{OCTET}; dtype=F32")
+
+    original = push()
+    assert original.status == 200
+    change(api)
+    before = api.everything()
+    again = push()
+    assert again.json == {**original.json, "replayed": True}
+    assert api.everything() == before
+    other = push_of_another(api, key)
+    check_problem(other, 422, "key-reused")
+    assert api.everything() == before
+
+
+def push_of_another(api, key):
+    return api.call("POST", STEPS, {"grads": {"w": GRADS["w"], "b": [9.0, 9.0]}, **key})
+
+
+def test_a_patch_changes_no_formula_of_a_group_with_another_preset(api):
+    group = {"name": "g", "params": ["b"], "preset": "torch"}
+    api.make(optimizer={"rule": "rmsprop"}, groups=[group], missing="skip")
+    read = lambda: api.call("GET", "/v1/sessions/m").json["groups"][0]["eps_inside_sqrt"]  # noqa: E731 - read twice
+    assert read() is False
+    assert api.call("PATCH", "/v1/sessions/m", {"norms": True}).status == 200
+    assert read() is False
+    _grow(api)
+    assert read() is False
+
+
+def test_a_group_that_was_patched_since_may_be_added_again(api):
+    api.make(optimizer=SGD)
+    body = {"group": {"name": "h", "lr": 0.5}, "params": {"n": [1.0]}}
+    assert api.call("POST", "/v1/sessions/m/groups", body).status == 201
+    patch = {"groups": [{"name": "h", "lr": 0.1}]}
+    assert api.call("PATCH", "/v1/sessions/m", patch).status == 200
+    assert api.call("POST", "/v1/sessions/m/groups", body).status == 200
+
+
+def test_readers_see_a_layout_whole_while_groups_come(api):
+    """Every form, while 40 groups are added: 200, and as long as it says."""
+    api.make(optimizer=SGD, missing="skip", ema={"decay": 0.5})
+    stop = threading.Event()
+    wrong = []
+    path = "/v1/sessions/m"
+
+    def read():
+        forms = [
+            (f"{path}/params", SAFETENSORS), (f"{path}/params?dtype=F16", SAFETENSORS),
+            (f"{path}/params?of=ema", SAFETENSORS), (f"{path}/params", "application/json"),
+            (f"{path}/params", f"{OCTET}; dtype=F32"), (f"{path}/state", SAFETENSORS),
+            (path, "application/json"),
+        ]  # fmt: skip
+        while not stop.is_set():
+            for where, accept in forms:
+                reply = api.call("GET", where, accept=accept)
+                if reply.status != 200:
+                    wrong.append((where, accept, reply))
+                elif accept == SAFETENSORS:
+                    size = header_length(reply.body[:8])
+                    parse_header(reply.body[8 : 8 + size], len(reply.body))
+                elif where == path:
+                    named = {"default", *(group["name"] for group in reply.json["groups"])}
+                    if not {row["group"] for row in reply.json["layout"]} <= named:
+                        wrong.append(reply)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for number in range(40):
+        body = {"group": {"name": f"g{number}"}, "params": {f"n{number}": [1.0] * (number + 1)}}
+        assert api.call("POST", f"{path}/groups", body).status == 201
+        assert (
+            api.push(
+                grads={"w": GRADS["w"]},
+            ).status
+            == 200
+        )
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert wrong == []

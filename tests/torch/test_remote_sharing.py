@@ -101,9 +101,10 @@ def test_a_refusal_may_be_raised(remote):
 def test_a_checkpoint_that_one_loads_cuts_the_history_of_all(remote):
     first, second = twins.twice()
     one, two = remote(first, id="cut"), remote(second, id="cut")
+    saved = one.state_dict()
     push(one, first)
     two.pull()
-    one.load_state_dict(one.state_dict())
+    one.load_state_dict(saved)
     with pytest.warns(RuntimeWarning, match="computed in epoch 1"):
         push(two, second)
     assert two.dropped == 1
@@ -200,3 +201,24 @@ def test_what_fails_in_the_constructor_leaves_no_connection(remote, server, monk
     with pytest.raises(SpecDiffers, match="not those of params"):
         RemoteOptimizer(twins.params((4,)), server, "constructed", rule="adam")
     assert closed == ["constructed"]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adagrad"])
+def test_loading_what_the_server_has_cuts_nothing(remote, rule):
+    first, second = twins.twice()
+    one, two = (remote(params, rule, id=f"uncut-{rule}") for params in (first, second))
+    epoch = one.session.version[0]
+    for seed in range(2):
+        two.load_state_dict(two.state_dict())  # as accelerate does with every optimizer
+        push(one, first, seed)
+        two.pull()
+    assert (one.dropped, one.summary.step, one.summary.epoch) == (0, 2, epoch)
+    saved = two.state_dict()
+    saved["param_groups"][0]["lr"] = 0.5  # the groups are taken all the same
+    two.load_state_dict(saved)
+    push(two, second)
+    assert (two.summary.lr, two.summary.epoch) == (0.5, epoch)
+    saved["state"][0]["step"] += 1
+    two.load_state_dict(saved)
+    push(two, second)
+    assert two.summary.epoch == epoch + 1
