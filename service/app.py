@@ -88,8 +88,9 @@ def _warm(app: FastAPI) -> None:
     try:
         warm.warm(settings.warm_rules, ("F32",), ready.stop_asked)
     except Exception as error:
-        ready.failed("warm-up")
+        # The reason first: whoever sees the failure at /health/ready finds it in the log.
         logs.make(settings).error("the warm-up failed; /health/ready stays 503", exc_info=error)
+        ready.failed("warm-up")
     else:
         ready.done("warm-up")
 
