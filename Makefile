@@ -8,8 +8,8 @@ PY := $(VENV)/bin/python
 CODE := service kernels client/src scripts benchmarks examples tests
 LOCKS := requirements.lock requirements-dev.lock scripts/setup.sh client/pyproject.toml
 
-.PHONY: help serve demo test test-torch test-integrations lint format bench bench-quick openapi \
-	lock lint-container container-check
+.PHONY: help serve demo test test-torch test-integrations lint format bench bench-quick digests \
+	renew-digests openapi lock lint-container container-check
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 19
@@ -48,14 +48,22 @@ format: $(VENV)/.ready ## rewrite in the house style
 	$(VENV)/bin/ruff check --fix $(CODE)
 	$(VENV)/bin/ruff format $(CODE)
 
-bench-quick: $(VENV)/.ready ## kernels and push_pull in a few minutes, as ratios
+bench-quick: $(VENV)/.ready ## kernels, push_pull and durable pushes in a few minutes, as ratios
 	@mkdir -p build
 	$(PY) -m benchmarks.kernels --quick --json build/kernels.json
 	$(PY) -m benchmarks.push_pull --quick --json build/push_pull.json
+	$(PY) -m benchmarks.durable_push --quick --folder build --json build/durable_push.json
 
 bench: $(TORCH)/.ready ## the same at length, beside torch
 	$(TORCH)/bin/python -m benchmarks.kernels
 	$(TORCH)/bin/python -m benchmarks.push_pull
+	$(TORCH)/bin/python -m benchmarks.durable_push
+
+digests: $(VENV)/.ready ## every loop's digest under four processors, beside kernels/revision.py
+	$(PY) -m scripts.digests
+
+renew-digests: $(VENV)/.ready ## write the table of kernels/revision.py
+	$(PY) -m scripts.digests --renew
 
 openapi: $(VENV)/.ready ## write docs/openapi.json
 	PYTHONPATH=. $(PY) scripts/openapi.py

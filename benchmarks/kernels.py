@@ -8,6 +8,7 @@ imported.
 import argparse
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.floors import seconds, spread, touching
-from kernels import cpu
+from kernels import cpu, tensorwise
 from kernels.pool import Pool
 from kernels.registry import RULES
 from service.hyper import BY_NAME
@@ -30,18 +31,26 @@ TORCH = {
     "sgd": ("SGD", {"momentum": 0.9}), "adagrad": ("Adagrad", {}), "rmsprop": ("RMSprop", {}),
     "adadelta": ("Adadelta", {}), "adam": ("Adam", {}), "adamw": ("AdamW", {}),
     "adamax": ("Adamax", {}), "nadam": ("NAdam", {}), "radam": ("RAdam", {}),
-    "asgd": ("ASGD", {}), "rprop": ("Rprop", {}),
+    "asgd": ("ASGD", {}), "rprop": ("Rprop", {}), "adafactor": ("Adafactor", {}),
+    "muon": ("Muon", {}),
 }  # fmt: skip
+SCALARS = {"nadam": {"mu_product": 0.5}, "asgd": {"eta": 1e-3, "mu": 1.0}}
+LARGEST = {"muon": 1_000_000, "lamb": 10_000_000, "lars": 10_000_000, "adafactor": 10_000_000}
+"""Beyond that a row of a rule per tensor takes minutes and says nothing new."""
 FUSED = {"sgd", "adagrad", "adam", "adamw"}
 LR = 1e-3
 
 
 class Memory(NamedTuple):
-    """The arrays of one update. All calls of a row share them: where they lie is worth 20 %."""
+    """The arrays of one update. All calls of a row share them: where they lie is worth 20 %.
+
+    Flat, but for the rules per tensor, whose parameters are one matrix of `shape`.
+    """
 
     p: Array
     g: Array
     slots: tuple[Array, ...]
+    shape: tuple[int, ...]
 
 
 def hyper(rule: str) -> dict[str, Any]:
@@ -52,20 +61,38 @@ def hyper(rule: str) -> dict[str, Any]:
 def memory(rule: str, size: int) -> Memory:
     """Parameters and gradients at random, state at 0.1."""
     rng = np.random.default_rng(0)
-    p, g = (rng.standard_normal(size, np.float32) for _ in range(2))
-    slots = RULES[rule].slots(hyper(rule))
-    return Memory(p, g, tuple(np.full(size, 0.1, np.float32) for _ in slots))
+    rows = 1 << (math.isqrt(size).bit_length() - 1)
+    shape = (rows, size // rows) if RULES[rule].tensorwise else (size,)
+    p, g = (rng.standard_normal(math.prod(shape), np.float32) for _ in range(2))
+    shapes = [slot.shape(shape) for slot in RULES[rule].slots(hyper(rule))]
+    kept = [np.full(math.prod(one), 0.1, np.float32) for one in shapes if one is not None]
+    return Memory(p, g, tuple(kept), shape)
 
 
 def ours(rule: str, arrays: Memory, pool: Pool) -> Callable[[], object]:
     """One update in place by our loop; alone below the size from which the pool helps."""
-    p, g, slots = arrays
+    if RULES[rule].tensorwise:
+        return whole(rule, arrays)
+    p, g, slots, _ = arrays
     run = cpu.kernel(RULES[rule].variant(hyper(rule)), "F32", "F32")
     entry, chosen = RULES[rule], hyper(rule)
     h = np.array(entry.coefficients(chosen, 10, LR, entry.start(chosen, LR)), np.float32)
     if len(cpu.chunks(0, p.size)) == 1:
         return lambda: run(p, p, g, slots, h, 0, p.size)
     return lambda: pool.run(spread(lambda lo, hi: run(p, p, g, slots, h, lo, hi), p.size))
+
+
+def whole(rule: str, arrays: Memory) -> Callable[[], object]:
+    """One update of one matrix by a rule per tensor, the conversion of its gradient included."""
+    p, g, slots, shape = arrays
+    chosen = hyper(rule)
+    numbers = tensorwise.numbers(rule, chosen, 10)
+
+    def update() -> None:
+        scratch = tensorwise.gradient(g, "F32", "F32", chosen, 1.0, None)
+        tensorwise.step(rule, p, p, scratch, slots, shape, chosen, LR, numbers)
+
+    return update
 
 
 def theirs(rule: str, arrays: Memory, threads: int) -> Callable[[], object] | None:
@@ -76,13 +103,19 @@ def theirs(rule: str, arrays: Memory, threads: int) -> Callable[[], object] | No
 
     torch.set_num_threads(threads)
     name, options = TORCH[rule]
-    p = torch.nn.Parameter(torch.from_numpy(arrays.p))
-    p.grad = torch.from_numpy(arrays.g)
-    form = {"fused": True} if rule in FUSED else {"foreach": False}
+    p = torch.nn.Parameter(torch.from_numpy(arrays.p).view(arrays.shape))
+    p.grad = torch.from_numpy(arrays.g).view(arrays.shape)
+    form: dict[str, bool] = {"fused": True} if rule in FUSED else {"foreach": False}
+    if rule == "muon":  # which has one form only
+        form = {}
     optimizer = getattr(torch.optim, name)([p], lr=LR, **form, **options)
+    if RULES[rule].tensorwise:  # its state has other shapes; torch makes its own
+        optimizer.step()
+        return lambda: optimizer.step()
     names = [slot.name for slot in RULES[rule].slots(hyper(rule))]
     state = dict(zip(names, map(torch.from_numpy, arrays.slots), strict=True))
-    optimizer.state[p] = {"step": torch.tensor(10.0), **state}
+    scalars = {name: torch.tensor(value) for name, value in SCALARS.get(rule, {}).items()}
+    optimizer.state[p] = {"step": torch.tensor(10.0), **scalars, **state}
     return lambda: optimizer.step()
 
 
@@ -104,7 +137,9 @@ def row(rule: str, size: int, threads: int, samples: int) -> dict[str, Any]:
     try:
         arrays = memory(rule, size)
         calls = {"ours": ours(rule, arrays, pool)}
-        if len(arrays.slots) == 2:  # the floor moves exactly their bytes
+        if (
+            len(arrays.slots) == 2 and not RULES[rule].tensorwise
+        ):  # the floor moves exactly their bytes
             calls["floor"] = touching((arrays.p, *arrays.slots), arrays.g, pool)
         if (torch := theirs(rule, arrays, threads)) is not None:
             calls["torch"] = torch
@@ -149,7 +184,7 @@ def main() -> None:
     )
     rows = []
     for rule in rules:
-        for size in sizes:
+        for size in [size for size in sizes if size <= LARGEST.get(rule, size)]:
             for threads in args.threads if size >= cpu.ALONE else args.threads[:1]:
                 rows.append(row(rule, size, threads, args.samples))
                 show(rows[-1])

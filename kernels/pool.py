@@ -2,13 +2,15 @@
 
 Nothing waits inside the pool: a program that has handed out parts holds no thread, and the last
 part to finish carries it on. So any number of programs share a few threads, first come, first
-served.
+served. Parts that wait for something else than a processor are yielded as `Waits`, and have
+threads of their own.
 """
 
 import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -17,14 +19,23 @@ Thunk = Callable[[], object]
 Program = Generator[Sequence[Thunk], list[Any], T]
 Done = Callable[[T | None, BaseException | None], None]
 
+WAITING = 32
+"""The most parts that wait at once; more of them queue."""
+
 _log = logging.getLogger(__name__)
+
+
+class Waits(tuple[Thunk, ...]):
+    """Parts that wait for a disk or another thread, and would only hold a core's thread up."""
+
+    __slots__ = ()
 
 
 class _Batch:
     """One yielded list: parts are claimed one by one; whoever finishes the last one is told so."""
 
     def __init__(self, thunks: Sequence[Thunk]) -> None:
-        self.thunks = thunks
+        self.thunks = thunks if isinstance(thunks, Waits) else tuple(thunks)
         self.results: list[Any] = [None] * len(thunks)
         self.errors: list[BaseException | None] = [None] * len(thunks)
         self._lock = threading.Lock()
@@ -71,7 +82,7 @@ class _Run(Generic[T]):
                 thunks = self._program.send(batch.results)
             else:
                 thunks = next(self._program)
-            return _Batch(tuple(thunks))
+            return _Batch(thunks)
         except StopIteration as stop:
             self._finish(stop.value, None)
         except BaseException as error:
@@ -109,6 +120,7 @@ class Pool:
         self._closed = False
         self._under_way = 0
         self._state = threading.Condition()
+        self._waiting = ThreadPoolExecutor(WAITING, "gradpost-wait")
         self._workers = [
             threading.Thread(target=self._serve, name=f"gradpost-pool-{k}", daemon=True)
             for k in range(threads)
@@ -163,6 +175,10 @@ class Pool:
         while (batch := run.advance(batch)) is not None:
             if not batch.thunks:
                 continue
+            if isinstance(batch.thunks, Waits):
+                for _ in batch.thunks:
+                    self._waiting.submit(self._wait, run, batch)
+                return
             for _ in range(len(batch.thunks) - 1):
                 # straight into the queue: a program under way is finished even while the pool
                 # closes
@@ -175,6 +191,12 @@ class Pool:
         index = batch.claim()
         if index is not None and batch.work(index):
             self._drive(run, batch)
+
+    def _wait(self, run: _Run[Any], batch: _Batch) -> None:
+        """As `_part`, in a thread that waits; what comes after it is the pool's work again."""
+        index = batch.claim()
+        if index is not None and batch.work(index):
+            self._queue.put(lambda: self._drive(run, batch))
 
     def run(self, program: Program[T]) -> T:
         """Runs a program and returns its result; the calling thread takes part. Not for the pool.
@@ -219,3 +241,4 @@ class Pool:
             self._queue.put(None)
         for worker in self._workers:
             worker.join()
+        self._waiting.shutdown()

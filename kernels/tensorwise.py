@@ -1,6 +1,6 @@
 """The rules that need a whole tensor at once, for a norm, a mean or a matrix product.
 
-Each takes ``(p_in, p_out, g, state, shape, hyper, count, lr)`` and tells whether every parameter
+Each takes ``(p_in, p_out, g, state, shape, hyper, lr, numbers)`` and tells whether every parameter
 that it wrote is finite. All arrays are flat and of the master dtype; g is scratch of the caller,
 as `gradient` makes it, and is overwritten. Norms and means are float64 sums in a fixed order and
 one thread does a whole tensor, so that the bits depend on nothing else, but for the matrix
@@ -20,7 +20,8 @@ from kernels.registry import RULES, Hyper, corrections
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
-Function = Callable[[Array, Array, Array, tuple[Array, ...], Shape, Hyper, int, float], bool]
+Numbers = tuple[float, ...]
+Function = Callable[[Array, Array, Array, tuple[Array, ...], Shape, Hyper, float, Numbers], bool]
 
 
 def gradient(
@@ -44,6 +45,20 @@ def gradient(
     return g
 
 
+def numbers(rule: str, hyper: Hyper, count: int) -> Numbers:
+    """What a rule takes from the number of updates that a tensor has had before.
+
+    Powers are the C library's and may differ in the last bit from one machine to another: whoever
+    wants to repeat an update to the bit keeps these numbers.
+    """
+    if rule == "lamb":
+        lift, unbias = corrections(hyper, count, 1.0)
+        return lift, unbias
+    if rule == "adafactor":
+        return float(count + 1) ** hyper["beta2_decay"], 1.0 / math.sqrt(count + 1)
+    return ()
+
+
 def step(
     rule: str,
     p_in: Array,
@@ -52,8 +67,8 @@ def step(
     state: tuple[Array, ...],
     shape: Shape,
     hyper: Hyper,
-    count: int,
     lr: float,
+    numbers: Numbers,
 ) -> bool:
     """Updates one tensor: p_out and each state array, in place.
 
@@ -65,8 +80,8 @@ def step(
         state: The arrays of the slots that a tensor of this shape has, in their order.
         shape: Of the tensor, n elements.
         hyper: Effective hyperparameters.
-        count: Updates that this tensor has had before.
         lr: Of this update.
+        numbers: What `numbers` gives for this update.
 
     Returns:
         True iff every parameter written is finite.
@@ -85,7 +100,7 @@ def step(
     if not p_out.size:
         return True
     with np.errstate(all="ignore"):
-        return FUNCTIONS[rule](p_in, p_out, g, state, shape, hyper, count, lr)
+        return FUNCTIONS[rule](p_in, p_out, g, state, shape, hyper, lr, numbers)
 
 
 def _norm(x: Array) -> float:
@@ -103,14 +118,14 @@ def _move(p_in: Array, p_out: Array, r: Array, step: float, decay: float = 0.0) 
 
 def lamb(
     p_in: Array, p_out: Array, g: Array, state: tuple[Array, ...],
-    shape: Shape, hyper: Hyper, count: int, lr: float,
+    shape: Shape, hyper: Hyper, lr: float, numbers: Numbers,
 ) -> bool:  # fmt: skip
     """Takes p -= lr * ||p||/||r|| * r, r = m_hat/(sqrt(v_hat) + eps) + weight_decay*p.
 
     You et al. 2020, Algorithm 2, with the identity for phi. Where a norm is 0 the ratio is 1.
     """
     b1, b2 = hyper["betas"]
-    lift, unbias = corrections(hyper, count, 1.0)
+    lift, unbias = numbers
     h = (b1, 1.0 - b1, b2, 1.0 - b2, lift, unbias, hyper["eps"], hyper["weight_decay"])
     passes.run(passes.adapted, (p_in, g, *state), h)
     size, length = _norm(p_in), _norm(g)
@@ -120,7 +135,7 @@ def lamb(
 
 def lars(
     p_in: Array, p_out: Array, g: Array, state: tuple[Array, ...],
-    shape: Shape, hyper: Hyper, count: int, lr: float,
+    shape: Shape, hyper: Hyper, lr: float, numbers: Numbers,
 ) -> bool:  # fmt: skip
     """Takes v = mu*v + lr*ratio*(g + weight_decay*p); p -= v (You et al. 2017, Algorithm 1).
 
@@ -144,7 +159,7 @@ def lars(
 
 def adafactor(
     p_in: Array, p_out: Array, g: Array, state: tuple[Array, ...],
-    shape: Shape, hyper: Hyper, count: int, lr: float,
+    shape: Shape, hyper: Hyper, lr: float, numbers: Numbers,
 ) -> bool:  # fmt: skip
     """Takes p -= lr*weight_decay*p + a*u/max(1, rms(u)/d), u = g/sqrt(v).
 
@@ -155,21 +170,21 @@ def adafactor(
     root = math.sqrt(g.size)
     eps, least = hyper["eps"]
     eps = float(np.finfo(g.dtype).eps) if eps is None else eps
-    take = float(count + 1) ** hyper["beta2_decay"]
+    take, bound = numbers
     h = (1.0 - take, take, eps * eps)
     if len(shape) > 1:
         sums = np.empty(shape[-1], np.float64)
         passes.run(passes.factored, (g, *state, sums), (*h, eps), *shape[-2:])
     else:
         passes.run(passes.whitened, (g, *state), h)
-    length = max(least, _norm(p_in) / root) * min(lr, 1.0 / math.sqrt(count + 1))
+    length = max(least, _norm(p_in) / root) * min(lr, bound)
     excess = max(1.0, _norm(g) / (root * hyper["d"]))
     return _move(p_in, p_out, g, -length / excess, -lr * hyper["weight_decay"])
 
 
 def muon(
     p_in: Array, p_out: Array, g: Array, state: tuple[Array, ...],
-    shape: Shape, hyper: Hyper, count: int, lr: float,
+    shape: Shape, hyper: Hyper, lr: float, numbers: Numbers,
 ) -> bool:  # fmt: skip
     """Takes b = mu*b + (1-mu)*g; p -= lr*(weight_decay*p + ratio*ns(b)) (Jordan et al. 2024).
 

@@ -1,4 +1,4 @@
-"""`python -m service serve | health | warm`: the process around the application."""
+"""`python -m service serve | health | warm | check | backup | forget`: around the application."""
 
 import argparse
 import ctypes
@@ -9,7 +9,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     if options.command == "warm":
         return _warm(options.rules)
+    if options.command in _OFFLINE:
+        return _OFFLINE[options.command](options)
     try:
         settings = Settings(**given)
     except ValidationError as error:
@@ -61,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--log-level", choices=sorted(logs.LEVELS))
     warm = commands.add_parser("warm", help="compile kernels into the cache")
     warm.add_argument("rules", nargs="*", help="rules; all if none is named")
+    check = commands.add_parser("check", help="examine a data folder that no server holds")
+    check.add_argument("--session", help="only the session of this id")
+    backup = commands.add_parser("backup", help="copy a data folder that no server holds")
+    backup.add_argument("--to", type=Path, required=True, help="a folder that is to be made")
+    forget = commands.add_parser("forget", help="give up a session that is damaged")
+    forget.add_argument("--session", required=True, help="its id")
+    folder = os.environ.get("GRADPOST_DATA_DIR")
+    for command in (check, backup, forget):
+        command.add_argument("--data-dir", type=Path, default=folder, required=not folder)
     return parser
 
 
@@ -103,7 +114,7 @@ class Server(uvicorn.Server):
         """Not ready first, so that a probe on an open connection sees it; then uvicorn's drain."""
         self._gradpost.state.ready.stop()
         sessions = self._gradpost.state.sessions
-        self._log.info("stopping", sessions_lost=len(sessions))
+        self._log.info("stopping", sessions_lost=sessions.lost)
         sessions.dismiss()
         await super().shutdown(sockets)
         if self._settings.uds:
@@ -163,10 +174,15 @@ def serve(settings: Settings) -> int:
     previous = _catch_stop()
     try:
         from service.app import create_app  # after mallopt: importing allocates
+        from service.storage.failures import NoSpace, Refused, StorageFailure
 
         if settings.uds and not _free(settings.uds):
             return 1
-        app = create_app(settings)
+        try:
+            app = create_app(settings)
+        except (Refused, NoSpace, StorageFailure) as error:
+            print(f"gradpost does not start: {error}", file=sys.stderr)
+            return 1
         Server(configuration(app, settings), app).run()
     except SystemExit as end:  # uvicorn's way to say that it could not start
         return 1 if end.code else 0
@@ -254,6 +270,31 @@ def health(settings: Settings) -> int:
         print(body, file=sys.stderr)
         return 1
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from service.storage import check
+
+    return check.run(options.data_dir, options.session)
+
+
+def _backup(options: argparse.Namespace) -> int:
+    from service.storage import offline
+
+    return offline.backup(options.data_dir, options.to)
+
+
+def _forget(options: argparse.Namespace) -> int:
+    from service.storage import offline
+
+    return offline.forget(options.data_dir, options.session)
+
+
+_OFFLINE: dict[str, Callable[[argparse.Namespace], int]] = {
+    "check": _check,
+    "backup": _backup,
+    "forget": _forget,
+}
 
 
 def _warm(rules: list[str]) -> int:

@@ -5,18 +5,20 @@ ServiceError
 ├── 400  BadRequest  InvalidJson
 ├── 401  KeyMissing
 ├── 403  KeyRequired  KeyWrong  OriginRefused
-├── 404  SessionUnknown  NotFound            405  MethodNotAllowed
+├── 404  SessionUnknown  NotFound  WorkerUnknown  CheckpointUnknown
+├── 405  MethodNotAllowed
 ├── 406  NotAcceptable                       408  RequestTimeout (retry)
 ├── 409  SpecDiffers  Structural  InFlight (retry)  TooOld  WorkerRetired  EpochChanged
 │        VersionUnknown  VersionPending (retry)  StaleGradient  ParamsMissing  AverageMissing
-│        DeviceUnavailable
+│        DeviceUnavailable  DataDirMissing  CheckpointExists
 ├── 410  SessionGone                         411  LengthRequired
 ├── 412  PreconditionFailed                  413  BodyTooLarge
 ├── 415  UnsupportedMediaType  UnsupportedEncoding
 ├── 422  InvalidRequest  NotSupportedYet  InvalidTensors  TensorMismatch  Nonfinite  KeyReused
-├── 429  TooManySessions (retry)  TooManyWorkers  Overloaded (retry)
-├── 500  Internal (retry)                    503  ShuttingDown (retry)
-└── 507  InsufficientMemory
+├── 429  TooManySessions (retry)  TooManyWorkers  Overloaded (retry)  LogFull (retry)
+├── 500  Internal (retry)
+├── 503  ShuttingDown (retry)  Recovering (retry)  SessionDamaged
+└── 507  InsufficientMemory  DiskFull
 ```
 
 Errors are data plus one seam: a class has a stable `slug`, a status, a title and whether the same
@@ -134,6 +136,24 @@ class SessionUnknown(ServiceError):
     slug = "session-unknown"
     status = 404
     title = "No such session"
+    retryable = False
+
+
+class WorkerUnknown(ServiceError):
+    """No such worker."""
+
+    slug = "worker-unknown"
+    status = 404
+    title = "No such worker"
+    retryable = False
+
+
+class CheckpointUnknown(ServiceError):
+    """No such checkpoint."""
+
+    slug = "checkpoint-unknown"
+    status = 404
+    title = "No such checkpoint"
     retryable = False
 
 
@@ -281,6 +301,24 @@ class DeviceUnavailable(ServiceError):
     retryable = False
 
 
+class DataDirMissing(ServiceError):
+    """The server has no data folder."""
+
+    slug = "data-dir-missing"
+    status = 409
+    title = "The server has no data folder"
+    retryable = False
+
+
+class CheckpointExists(ServiceError):
+    """Another checkpoint has this name."""
+
+    slug = "checkpoint-exists"
+    status = 409
+    title = "Another checkpoint has this name"
+    retryable = False
+
+
 class SessionGone(ServiceError):
     """The session was deleted."""
 
@@ -416,6 +454,15 @@ class Overloaded(ServiceError):
     retryable = True
 
 
+class LogFull(ServiceError):
+    """The session's log is full until its next snapshot."""
+
+    slug = "log-full"
+    status = 429
+    title = "The log is full until the next snapshot"
+    retryable = True
+
+
 class Internal(ServiceError):
     """Unexpected failure."""
 
@@ -432,6 +479,33 @@ class ShuttingDown(ServiceError):
     status = 503
     title = "Shutting down"
     retryable = True
+
+
+class Recovering(ServiceError):
+    """The session is being recovered from disk."""
+
+    slug = "recovering"
+    status = 503
+    title = "The session is being recovered"
+    retryable = True
+
+
+class SessionDamaged(ServiceError):
+    """What the disk holds of the session is damaged."""
+
+    slug = "session-damaged"
+    status = 503
+    title = "The session is damaged on the disk"
+    retryable = False
+
+
+class DiskFull(ServiceError):
+    """The disk of the data folder is full."""
+
+    slug = "disk-full"
+    status = 507
+    title = "The disk is full"
+    retryable = False
 
 
 class InsufficientMemory(ServiceError):

@@ -20,6 +20,7 @@ LIMITS = (
     "max_workers",
     "worker_retention_s",
     "wait_cap_s",
+    "snapshot_interval_s",
     "history_steps",
     "json_elements",
     "json_bytes",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels.registry import RULES
@@ -97,6 +97,15 @@ class Settings(BaseSettings):
     wait_cap_s: float = Field(
         60.0, ge=1, le=3600, description="Longest long poll, in seconds; a longer wish is cut."
     )
+    data_dir: Path | None = Field(
+        None, description="Folder for sessions that outlive the server; its parent must exist."
+    )
+    durability: Literal["none", "snapshot", "log"] = Field(
+        "none", description="Of sessions that are created without stating theirs."
+    )
+    snapshot_interval_s: float = Field(
+        60.0, gt=0, le=86_400, description="Seconds between snapshots of a session that changes."
+    )
     history_steps: int = Field(
         10_000, ge=1, le=10_000_000, description="Steps kept in the history of a session."
     )
@@ -145,6 +154,22 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = Field(
         "json", description="json: one object a line; console: for people."
     )
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> "Settings":
+        """Every creation would be refused otherwise."""
+        if self.durability != "none" and self.data_dir is None:
+            raise ValueError(
+                f"durability is {self.durability} and there is no folder for it; set "
+                "GRADPOST_DATA_DIR too"
+            )
+        return self
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _no_folder(cls, value: Any) -> Any:
+        """An empty variable means none."""
+        return value or None
 
     @field_validator("cors_origins", "warm_rules", mode="before")
     @classmethod

@@ -17,7 +17,8 @@ from service.errors import InvalidRequest, NotAcceptable, Overloaded
 from service.limits import Budget
 from service.sessions.conversion import Packed, converted
 from service.sessions.lane import in_pool
-from service.sessions.session import Outcome, Session, Shared
+from service.sessions.pushes import Outcome
+from service.sessions.session import Session, Shared
 from service.sessions.versions import Version
 from service.wire import json, raw, safetensors
 from service.wire.fit import select

@@ -22,7 +22,7 @@ BODY = (
     "invalid-request",
     "overloaded",
 )
-SESSION = ("session-unknown", "session-gone")
+SESSION = ("session-unknown", "session-gone", "recovering", "session-damaged")
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 TENSOR_MEDIA = {SAFETENSORS: BINARY, OCTET: BINARY}
 

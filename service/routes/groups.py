@@ -30,7 +30,7 @@ _GROUP = {
             *BODY,
             *SESSION,
             *("invalid-json", "params-missing", "invalid-tensors", "tensor-mismatch"),
-            *("nonfinite", "insufficient-memory", "spec-differs", "not-supported-yet"),
+            *("nonfinite", "insufficient-memory", "disk-full", "spec-differs", "not-supported-yet"),
         ),
     },
     openapi_extra={

@@ -1,6 +1,7 @@
 """Probes and metrics."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -22,6 +23,10 @@ class Readiness:
     def __init__(self, pending: list[str] | None = None) -> None:
         self.pending = list(pending or [])
         self.stop_asked = threading.Event()
+        self.recovering: Callable[[], list[str]] = list
+        """Sessions that are still on the disk only."""
+        self.damaged: Callable[[], list[dict[str, str]]] = list
+        """Sessions that stay there, with why."""
 
     @property
     def stopping(self) -> bool:
@@ -63,12 +68,18 @@ async def live() -> JSONResponse:
     },
 )
 async def ready(request: Request) -> JSONResponse:
-    """200 after the warm-up of the rules named in `warm_rules`, 503 before it and in a stop."""
+    """200 after the warm-up of the rules named in `warm_rules` and the recovery, else 503.
+
+    Sessions that are damaged on the disk are named and do not count: the others serve.
+    """
     state = request.app.state.ready
     pending = list(state.pending)
+    pending += [f"recovery of session {name}" for name in state.recovering()[:100]]
     if state.stopping:
         pending.append("stopping")
     answer: dict[str, Any] = {"status": "ready" if state.ready else "not ready", "pending": pending}
+    if damaged := state.damaged():
+        answer["damaged"] = damaged
     headers = {"Cache-Control": "no-store"}
     if not state.ready:
         headers["Retry-After"] = "1"

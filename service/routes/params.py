@@ -141,7 +141,7 @@ async def pull(id: str, request: Request) -> Response:
             *BODY,
             *SESSION,
             *("invalid-json", "precondition-failed", "invalid-tensors", "tensor-mismatch"),
-            *("nonfinite", "insufficient-memory"),
+            *("nonfinite", "insufficient-memory", "disk-full"),
         ),
     },
     openapi_extra={

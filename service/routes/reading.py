@@ -16,11 +16,14 @@ from service.schemas import PushControl, parse_control
 from service.sessions.arena import Arena, Tensor
 from service.sessions.lane import in_pool
 from service.sessions.layout import Layout
-from service.sessions.session import Gradient, Session
+from service.sessions.pushes import Gradient
+from service.sessions.session import Session
 from service.wire import body, json, media, raw, safetensors
 from service.wire.fit import presence
 
 T = TypeVar("T")
+CHECKPOINT_HEADER = 8 * MAX_HEADER_BYTES
+"""Bytes: it names each tensor and all of its state."""
 SMALL_JSON = 65_536
 """Bytes up to which a JSON body is not reserved, and is parsed on the event loop."""
 
@@ -217,14 +220,22 @@ async def upload(
         given = facts.pop(member, None)
         limit = settings.json_elements
         return Upload(await inline_aside(request, given, session.spec.dtype, limit), facts, 0)
+    if form.kind == "raw":
+        return await _raw_upload(request, None if new else session.arena, form)
+    return await _tensors(request, MAX_HEADER_BYTES)
+
+
+async def checkpoint(request: Request) -> Upload:
+    """Reads a checkpoint, whose header names parameters and state and may be longer."""
+    return await _tensors(request, CHECKPOINT_HEADER)
+
+
+async def _tensors(request: Request, header_bytes: int) -> Upload:
+    """Reads safetensors as they are, into memory that is reserved first."""
     budget: Budget = request.app.state.budget
-    limit = settings.memory_bytes + 8 + MAX_HEADER_BYTES
-    length = body.content_length(request.headers.get("content-length"), limit)
-    budget.reserve(length)  # 507 before anything is allocated
+    length = _reserved(request, header_bytes)
     try:
-        if form.kind == "raw":
-            return await _raw_upload(request, None if new else session.arena, form, length)
-        reader = safetensors.tensors_reader(length, lambda n: np.empty(n, np.uint8))
+        reader = safetensors.tensors_reader(length, lambda n: np.empty(n, np.uint8), header_bytes)
         await body.receive(stream(request), length, reader)
     except BaseException:
         budget.release(length)
@@ -234,6 +245,15 @@ async def upload(
         for t in reader.header.tensors
     ]
     return Upload(tensors, reader.metadata, length)
+
+
+def _reserved(request: Request, header_bytes: int) -> int:
+    """Bytes of the body, reserved: 507 before anything is allocated."""
+    settings = request.app.state.settings
+    limit = settings.memory_bytes + 8 + header_bytes
+    length = body.content_length(request.headers.get("content-length"), limit)
+    request.app.state.budget.reserve(length)
+    return length
 
 
 async def inline_aside(request: Request, found: Any, master: str, limit: int) -> list[Tensor]:
@@ -250,19 +270,22 @@ def inline(found: Any, master: str, limit: int) -> list[Tensor]:
     ]
 
 
-async def _raw_upload(
-    request: Request, arena: Arena | None, form: media.Media, length: int
-) -> Upload:
-    if arena is None:
-        raise UnsupportedMediaType(
-            f"This upload names its tensors; send it as {SAFETENSORS} or JSON.",
-            accepted=[SAFETENSORS, JSON],
-        )
-    assert form.dtype is not None
-    whole = np.empty(length, np.uint8)
-    # A parameter upload may be wider than the master dtype: it is rounded, as safetensors is.
-    reader = raw.raw_reader(arena.layout, form.dtype, "F64", length, lambda _: whole)
-    await body.receive(stream(request), length, reader)
+async def _raw_upload(request: Request, arena: Arena | None, form: media.Media) -> Upload:
+    length = _reserved(request, 0)
+    try:
+        if arena is None:
+            raise UnsupportedMediaType(
+                f"This upload names its tensors; send it as {SAFETENSORS} or JSON.",
+                accepted=[SAFETENSORS, JSON],
+            )
+        assert form.dtype is not None
+        whole = np.empty(length, np.uint8)
+        # A parameter upload may be wider than the master dtype: it is rounded, as safetensors is.
+        reader = raw.raw_reader(arena.layout, form.dtype, "F64", length, lambda _: whole)
+        await body.receive(stream(request), length, reader)
+    except BaseException:
+        request.app.state.budget.release(length)
+        raise
     flat = whole.view(NUMPY[form.dtype])
     return Upload(
         [

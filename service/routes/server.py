@@ -15,9 +15,9 @@ router = APIRouter(tags=["server"])
 VERSION = "0.1.0"  # the version in pyproject.toml; a test compares
 MASTER_DTYPES = ("F32", "F64")
 GRADIENT_DTYPES = ("F64", "F32", "F16", "BF16")
+DURABILITIES = ("none", "snapshot", "log")
 CAPABILITIES = {
     "update_modes": ["async"],
-    "durability": ["none"],
     "on_nonfinite": ["refuse", "skip"],
 }
 
@@ -31,7 +31,10 @@ def describe(state: Any) -> dict[str, Any]:
         "devices": [{"name": "cpu", "threads": state.pool.threads}],
         "dtypes": {"master": list(MASTER_DTYPES), "gradient": list(GRADIENT_DTYPES)},
         "media_types": [SAFETENSORS, OCTET, JSON],
-        "capabilities": CAPABILITIES,
+        "capabilities": {
+            **CAPABILITIES,
+            "durability": ["none"] if state.settings.data_dir is None else [*DURABILITIES],
+        },
         "limits": table(state.settings),
     }
 

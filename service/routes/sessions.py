@@ -33,7 +33,8 @@ _CREATE = (
     *BODY,
     *("invalid-json", "not-supported-yet", "invalid-tensors", "nonfinite", "device-unavailable"),
     *("too-many-sessions", "insufficient-memory", "tensor-mismatch", "precondition-failed"),
-    *("session-gone",),
+    *("session-gone", "data-dir-missing", "disk-full", "in-flight", "recovering"),
+    *("session-damaged",),
 )
 _TAG = '"spec-{}"'
 
@@ -107,7 +108,10 @@ async def _stated(request: Request) -> tuple[Spec, dict[str, Any], list[Tensor] 
         document = dict(document)
         params = document.pop("params", None)
     spec, stated = parse_spec(document)
-    limit = request.app.state.settings.json_elements
+    settings = request.app.state.settings
+    if "durability" not in stated:
+        spec = spec.model_copy(update={"durability": settings.durability})
+    limit = settings.json_elements
     tensors = None
     if params is not None:
         tensors = await reading.inline_aside(request, params, spec.dtype, limit)
@@ -117,7 +121,7 @@ async def _stated(request: Request) -> tuple[Spec, dict[str, Any], list[Tensor] 
 async def _make(
     sessions: Sessions, name: str | None, spec: Spec, tensors: list[Tensor] | None
 ) -> Session:
-    session = sessions.create(name, spec)
+    session = await sessions.create(name, spec)
     if tensors is not None:
         try:
             await session.load(tensors, first_only=True)
@@ -142,7 +146,7 @@ async def put(id: str, request: Request) -> Response:
     check_id(id)
     spec, stated, tensors = await _stated(request)
     sessions: Sessions = request.app.state.sessions
-    found = sessions.attach(id, stated)
+    found = await sessions.attach(id, stated)
     if found is not None:
         return _answer(found, 200, attached=True)
     return _answer(await _make(sessions, id, spec, tensors), 201)
@@ -204,7 +208,7 @@ async def read(id: str, request: Request) -> Response:
         200: {"model": PatchedSession},
         **refusals(
             *BODY, *SESSION, "invalid-json", "not-supported-yet", "structural",
-            "precondition-failed", "device-unavailable",
+            "precondition-failed", "device-unavailable", "log-full", "disk-full",
         ),
     },
     openapi_extra={
@@ -252,7 +256,10 @@ async def patch(id: str, request: Request) -> Response:
     "/{id}",
     summary="End a session",
     status_code=204,
-    responses={204: {"description": "Ended; 410 from now on."}, **refusals(*SESSION)},
+    responses={
+        204: {"description": "Ended; 410 from now on."},
+        **refusals(*SESSION, "disk-full"),
+    },
 )
 async def delete(id: str, request: Request) -> Response:
     """Pushes that were admitted run to their end first; a PUT creates it anew, an epoch later."""

@@ -17,7 +17,7 @@ from service.routes.sessions import describe
 from service.schemas import SessionInfo, StateAnswer
 from service.schemas.refusals import invalid
 from service.sessions.session import Session
-from service.sessions.transfer import rule_of
+from service.sessions.state import rule_of
 from service.wire import json, safetensors
 from service.wire.media import choose_accept
 from service.wire.safetensors import Piece
@@ -113,7 +113,7 @@ async def read(id: str, request: Request) -> Response:
             *BODY,
             *SESSION,
             *("invalid-json", "params-missing", "precondition-failed", "invalid-tensors"),
-            *("tensor-mismatch", "nonfinite", "insufficient-memory"),
+            *("tensor-mismatch", "nonfinite", "insufficient-memory", "disk-full"),
         ),
     },
     openapi_extra={**body(_STATE, tensors=True), "parameters": [IF_MATCH]},

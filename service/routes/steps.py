@@ -64,7 +64,7 @@ _PUSH = {
             *("invalid-json", "not-acceptable", "in-flight", "too-old", "worker-retired"),
             *("epoch-changed", "version-unknown", "version-pending", "stale-gradient"),
             *("params-missing", "invalid-tensors", "tensor-mismatch", "nonfinite", "key-reused"),
-            *("too-many-workers", "not-supported-yet", "structural"),
+            *("too-many-workers", "not-supported-yet", "structural", "log-full", "disk-full"),
         ),
     },
     openapi_extra={

@@ -1,6 +1,8 @@
 """Pydantic requests and answers; hyperparameters are in `service.hyper`."""
 
 from service.schemas.answers import (
+    CheckpointInfo,
+    CheckpointList,
     HistoryAnswer,
     LayoutEntry,
     ParamsAnswer,
@@ -11,11 +13,14 @@ from service.schemas.answers import (
     SessionList,
     StateAnswer,
     StepSummary,
+    WorkerAnswer,
 )
 from service.schemas.control import (
     Prefer,
     PushControl,
+    check_checkpoint,
     check_id,
+    check_worker,
     one_of_each,
     parse_base,
     parse_control,
@@ -35,6 +40,8 @@ from service.schemas.spec import (
 
 __all__ = [
     "DEFAULT",
+    "CheckpointInfo",
+    "CheckpointList",
     "CreateSession",
     "Group",
     "HistoryAnswer",
@@ -52,8 +59,11 @@ __all__ = [
     "StepSummary",
     "Terms",
     "Update",
+    "WorkerAnswer",
     "apply_patch",
+    "check_checkpoint",
     "check_id",
+    "check_worker",
     "diff",
     "one_of_each",
     "parse_base",

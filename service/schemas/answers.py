@@ -46,6 +46,37 @@ class StepSummary(BaseModel):
     round: int | None = Field(description="Null; rounds come with update mode sync.")
 
 
+class WorkerAnswer(BaseModel):
+    """Where a worker stands in a session."""
+
+    worker: str
+    epoch: int
+    version: int
+    step: int
+    next_sequence: int = Field(description="Above every number that was admitted.")
+    highest: int
+    ranges: list[tuple[int, int]] = Field(
+        description="Admitted numbers among the last 1024, as [first, last], in order."
+    )
+    seen_at: float = Field(description="When the last push was admitted, seconds since 1970.")
+    last: StepSummary | None = Field(description="What the push of the highest number did.")
+
+
+class CheckpointInfo(BaseModel):
+    """A checkpoint on the server's disk."""
+
+    name: str
+    bytes: int
+    digest: str = Field(description="xxh3_128 of the file, in hex; also its ETag.")
+    made_at: float = Field(description="Seconds since 1970.")
+
+
+class CheckpointList(BaseModel):
+    """The checkpoints of a session, the oldest first."""
+
+    checkpoints: list[CheckpointInfo]
+
+
 class LayoutEntry(BaseModel):
     """One tensor of a session."""
 

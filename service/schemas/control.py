@@ -190,6 +190,32 @@ def parse_prefer(value: str | None, wait_cap_s: float) -> Prefer:
     return Prefer(wait_s, representation)
 
 
+def check_worker(value: str) -> str:
+    """A worker id.
+
+    Raises:
+        InvalidRequest: Not 1 to 128 letters, digits, dots, dashes and underscores.
+    """
+    if not _WORKER.fullmatch(value):
+        raise invalid("worker", "A worker id is 1 to 128 letters, digits, dots, dashes or _.")
+    return value
+
+
+def check_checkpoint(value: object) -> str:
+    """The name of a checkpoint.
+
+    Raises:
+        InvalidRequest: Not 1 to 128 letters, digits, dots, dashes and underscores.
+    """
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise invalid(
+            "checkpoint",
+            "A checkpoint's name is 1 to 128 letters, digits, dots, dashes or _, and begins with a "
+            "letter or digit.",
+        )
+    return value
+
+
 def check_id(value: str) -> str:
     """A session id.
 

@@ -47,7 +47,6 @@ class Spec(Strict):
         "overrides": "they belong to a push; state hyperparameters in optimizer and groups",
         "grad_scale": "it belongs to a push",
         "push": "pseudo-gradients (push: delta); send start - end as a gradient",
-        "log_slots": "durability log",
         "preset": "state it in optimizer",
     }
     beside: ClassVar[tuple[str, ...]] = ("params",)
@@ -77,7 +76,13 @@ class Spec(Strict):
     on_nonfinite: Literal["refuse", "skip"] = Field(
         "refuse", description="A gradient with NaN or infinity: 422, or skipped and consumed."
     )
-    durability: Literal["none"] = Field("none", description="A crash loses the session.")
+    durability: Literal["none", "snapshot", "log"] = Field(
+        "none",
+        description="What a crash leaves: nothing, the last snapshot, every answered change.",
+    )
+    log_slots: int = Field(
+        16, ge=4, le=4096, description="Pushes that the log holds between two snapshots."
+    )
 
 
 class CreateSession(Spec):
@@ -89,10 +94,9 @@ class CreateSession(Spec):
 
 
 _VALUES_SOON: dict[tuple[str, ...], dict[Any, str]] = {
-    ("durability",): {"snapshot": "snapshots on disk", "log": "the log on disk"},
     ("update", "mode"): {"sync": _LATER, "bounded": _LATER},
 }
-_STRUCTURAL = ("device", "dtype", "durability")
+_STRUCTURAL = ("device", "dtype", "durability", "log_slots")
 _NESTED = ("optimizer", "update")
 
 

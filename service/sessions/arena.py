@@ -133,10 +133,20 @@ def make(
     dtype: str,
     *,
     average: bool,
+    copied: bool,
     settings: Settings,
     budget: Budget,
 ) -> Arena:
     """Reserves what a session of this layout needs, then makes it.
+
+    Args:
+        layout: Which tensor lies where.
+        terms: Of each group.
+        dtype: Of parameters and state.
+        average: Whether an average of the parameters is kept.
+        copied: Whether all of it is copied now and then, for snapshots.
+        settings: How many versions there may be.
+        budget: Is asked for all of it.
 
     Raises:
         TensorMismatch: A tensor that the rule of its group can't take.
@@ -154,8 +164,10 @@ def make(
         for kept, entries in zip(slots, tensors, strict=True)
     ]
     state_bytes = sum(map(sum, sizes)) * DTYPES[dtype]
-    # Two versions (the head and a spare), one gradient in flight, the average, the state.
+    # Two versions (the head and a spare), one gradient in flight, the average, the state; and for
+    # a snapshot a copy of one version, the average and the state.
     reserved = flat_bytes * (3 + average) + state_bytes
+    reserved += copied * (flat_bytes * (1 + average) + state_bytes)
     budget.reserve(reserved)
     kind = np.dtype(NUMPY[dtype])
     try:

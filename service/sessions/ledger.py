@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -63,6 +63,22 @@ class _Worker:
     admitted: dict[int, Admitted] = field(default_factory=dict)
 
 
+class Known(NamedTuple):
+    """What a ledger holds about one worker, for a file; times are in seconds since 1970."""
+
+    name: str
+    highest: int
+    seen_at: float
+    admitted: Mapping[int, Admitted]
+
+
+class Contents(NamedTuple):
+    """A copy of a ledger at one moment."""
+
+    workers: tuple[Known, ...]
+    retired: tuple[str, ...]
+
+
 class Ledger:
     """Per worker, the last `WINDOW` sequence numbers and what each of them did.
 
@@ -103,11 +119,7 @@ class Ledger:
             full = state is None and not self._has_room()
             known = None if state is None else state.admitted.get(sequence)
         if retired:
-            raise WorkerRetired(
-                f"Worker {worker!r} was silent for more than {self._retention_s:.0f} s and its "
-                "sequence numbers are forgotten; go on under a new worker id.",
-                worker=worker,
-            )
+            raise self._refusal(worker)
         if full:
             raise TooManyWorkers(
                 f"The session knows {self._max_workers} workers already; reuse a worker id per "
@@ -125,6 +137,24 @@ class Ledger:
             )
         return known
 
+    def check_retired(self, worker: str) -> None:
+        """Refuses a worker whose numbers are forgotten.
+
+        Raises:
+            WorkerRetired: It left or was silent for too long.
+        """
+        with self._lock:
+            retired = worker in self._retired
+        if retired:
+            raise self._refusal(worker)
+
+    def _refusal(self, worker: str) -> WorkerRetired:
+        return WorkerRetired(
+            f"Worker {worker!r} was silent for more than {self._retention_s:.0f} s and its "
+            "sequence numbers are forgotten; go on under a new worker id.",
+            worker=worker,
+        )
+
     def record(self, worker: str, sequence: int, digest: bytes, summary: Summary) -> None:
         """Consumes a number. Called by the lane, together with the step."""
         with self._lock:
@@ -141,6 +171,37 @@ class Ledger:
                 if len(state.admitted) > 2 * WINDOW:
                     floor = sequence - WINDOW
                     state.admitted = {s: a for s, a in state.admitted.items() if s > floor}
+
+    def contents(self) -> Contents:
+        """A copy that later pushes do not change."""
+        offset = time.time() - self._clock()
+        with self._lock:
+            return Contents(
+                tuple(
+                    Known(name, one.highest, one.seen_at + offset, dict(one.admitted))
+                    for name, one in self._workers.items()
+                ),
+                tuple(self._retired),
+            )
+
+    def restore(self, contents: Contents) -> None:
+        """Takes up what a file kept, in place of all that is here."""
+        offset = time.time() - self._clock()
+        with self._lock:
+            self._retired = set(contents.retired)
+            self._workers = {
+                one.name: _Worker(one.highest, one.seen_at - offset, dict(one.admitted))
+                for one in contents.workers
+            }
+
+    def standing(self, worker: str) -> Known | None:
+        """What is known about one worker; None if it never pushed or is retired."""
+        offset = time.time() - self._clock()
+        with self._lock:
+            one = self._workers.get(worker)
+            if one is None:
+                return None
+            return Known(worker, one.highest, one.seen_at + offset, dict(one.admitted))
 
     def size(self) -> int:
         """Numbers that are remembered, over all workers."""

@@ -1,12 +1,27 @@
 """All sessions of a server, by id."""
 
+import asyncio
 import re
+import time
 import uuid
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from service.errors import SessionUnknown, SpecDiffers, TooManySessions
+from service.errors import (
+    DataDirMissing,
+    InFlight,
+    Recovering,
+    SessionDamaged,
+    SessionUnknown,
+    SpecDiffers,
+    TooManySessions,
+)
 from service.schemas import Spec, diff
+from service.sessions.durable import Durable
 from service.sessions.session import Session, Shared, gone
+from service.storage.checkpoints import owner_of
+from service.storage.failures import Damage
 
 TOMBSTONES = 100_000
 
@@ -24,6 +39,9 @@ class Sessions:
         self._alive: dict[str, Session] = {}
         self._ended: dict[str, int] = {}
         self._floor = 0
+        self._pending: set[str] = set()
+        self.damaged: dict[str, Damage] = {}
+        """Sessions of the data folder that can't be had, with why."""
 
     def __len__(self) -> int:
         return len(self._alive)
@@ -38,23 +56,57 @@ class Sessions:
         session = self._alive.get(name)
         if session is not None:
             return session
+        self._check_disk(name)
         if name in self._ended:
             raise gone(name)
         raise SessionUnknown(
-            f"There is no session {name[:128]!r}; PUT /v1/sessions/{{id}} creates one (a server "
-            "without durability forgets its sessions when it stops).",
+            f"There is no session {name[:128]!r}; PUT /v1/sessions/{{id}} creates one (sessions "
+            "of durability none are forgotten when the server stops).",
             session=name[:128],
         )
 
-    def attach(self, name: str, stated: dict[str, Any]) -> Session | None:
+    def _check_disk(self, name: str) -> None:
+        """Refuses a session that is on the disk and not here.
+
+        Raises:
+            Recovering: Not yet.
+            SessionDamaged: Not at all.
+        """
+        if name in self._pending:
+            raise Recovering(
+                f"Session {name!r} is being recovered from the disk; send the same request again.",
+                retry_after_s=1,
+                session=name,
+            )
+        damage = self.damaged.get(name)
+        if damage is not None:
+            raise SessionDamaged(
+                f"Session {name!r} could not be recovered: {damage.what} ({damage.where}). Nothing "
+                "of it was touched; stop the server and run python -m service check.",
+                session=name,
+                what=damage.what,
+                where=damage.where,
+            )
+
+    async def attach(self, name: str, stated: dict[str, Any]) -> Session | None:
         """The session of this id if it exists and every stated field equals its specification.
 
         Raises:
             SpecDiffers: It exists and was created with other values.
+            Recovering: It is on the disk, and not yet here.
+            SessionDamaged: It is on the disk, and can't be recovered.
         """
         session = self._alive.get(name)
         if session is None:
+            self._check_disk(name)
             return None
+        if session.made is not None:  # its creator waits for the disk, and so does this
+            await asyncio.wait([session.made])
+            return await self.attach(name, stated)
+        if session.deleted:
+            raise InFlight(
+                f"Session {name!r} is being deleted; send the same request again.", retry_after_s=1
+            )
         differences = diff(session.created_with, stated)
         if differences:
             fields = ", ".join(str(item["field"]) for item in differences[:10])
@@ -66,11 +118,15 @@ class Sessions:
         session.attached = True
         return session
 
-    def create(self, name: str | None, spec: Spec) -> Session:
+    async def create(self, name: str | None, spec: Spec) -> Session:
         """Makes an empty session under a free id, or under a generated one.
+
+        It is durable when this returns, if it is to be.
 
         Raises:
             TooManySessions: The server holds as many as it may.
+            DataDirMissing: It is to be durable, and there is no folder for it.
+            DiskFull: There is no room for it.
         """
         limit = self.shared.settings.max_sessions
         if len(self._alive) >= limit:
@@ -80,10 +136,60 @@ class Sessions:
                 retry_after_s=10,
                 max_sessions=limit,
             )
+        if spec.durability != "none" and self.shared.disk is None:
+            raise DataDirMissing(
+                f"durability {spec.durability} needs a folder and the server has none; start it "
+                "with GRADPOST_DATA_DIR, or create the session with durability none.",
+                durability=spec.durability,
+            )
         name = name or uuid.uuid4().hex
-        epoch = max(self._ended.pop(name, 0), self._floor) + 1
+        before = self._ended.pop(name, 0)
+        epoch = max(before, self._floor) + 1
         session = self._alive[name] = Session(name, spec, epoch, self.shared)
+        if spec.durability != "none":
+            try:
+                await self._make(session)
+            except BaseException:
+                del self._alive[name]
+                if before:
+                    self._ended[name] = before
+                raise
         return session
+
+    async def _make(self, session: Session) -> None:
+        """Makes a session's files; whoever attaches meanwhile waits for them."""
+        disk = self.shared.disk
+        assert disk is not None
+        made: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        session.made = made
+        try:
+            session.durable = await Durable.create(session, disk)
+        finally:
+            session.made = None
+            made.set_result(None)
+
+    def expect(
+        self, names: Iterable[str], damaged: dict[str, Damage], ended: dict[str, int]
+    ) -> None:
+        """Takes note of what a data folder holds, before any of it is here."""
+        self._pending = set(names)
+        self.damaged = dict(damaged)
+        self._ended = dict(ended)
+
+    @property
+    def pending(self) -> list[str]:
+        """Sessions that are still to be recovered."""
+        return sorted(self._pending)
+
+    def adopt(self, session: Session) -> None:
+        """Takes in a session that was recovered."""
+        self._alive[session.id] = session
+        self._pending.discard(session.id)
+
+    def refuse(self, damage: Damage) -> None:
+        """Takes note of a session that could not be recovered."""
+        self.damaged[damage.session] = damage
+        self._pending.discard(damage.session)
 
     async def forget(self, session: Session) -> None:
         """Takes a session back whose creation failed, unless it has parameters after all.
@@ -92,8 +198,10 @@ class Sessions:
         """
         if not await session.abandon() or self._alive.get(session.id) is not session:
             return
+        if session.durable is not None:
+            await session.durable.delete(session.epoch)
         del self._alive[session.id]
-        if session.attached:
+        if session.attached or session.durable is not None:
             self._ended[session.id] = session.epoch
         elif session.epoch > self._floor + 1:
             self._ended[session.id] = session.epoch - 1
@@ -101,12 +209,19 @@ class Sessions:
     async def delete(self, name: str) -> None:
         """Ends a session and leaves a tombstone."""
         session = self.get(name)
-        del self._alive[name]
+        if session.durable is not None:  # until the end is durable the session is not over
+            await session.delete()
+        if self._alive.get(name) is session:
+            del self._alive[name]
         self._ended[name] = session.epoch
         if len(self._ended) > TOMBSTONES:
             oldest = next(iter(self._ended))
             self._floor = max(self._floor, self._ended.pop(oldest))
-        await session.delete()
+        if session.durable is None:
+            await session.delete()
+        disk = self.shared.disk
+        if disk is not None:
+            await disk.run(partial(disk.store.checkpoints.drop, owner_of(name)))
 
     def page(self, after: str | None, limit: int) -> tuple[list[Session], str | None]:
         """Up to `limit` sessions in order of their ids behind `after`, and where to go on."""
@@ -124,6 +239,28 @@ class Sessions:
         """Returns when no lane has work."""
         for session in list(self._alive.values()):
             await session.lane.idle()
+
+    def durable(self) -> list[tuple[Session, Durable]]:
+        """The sessions that are on the disk."""
+        return [(one, one.durable) for one in self._alive.values() if one.durable is not None]
+
+    @property
+    def lost(self) -> int:
+        """How many of them a stop ends."""
+        return len(self._alive) - len(self.durable())
+
+    async def save(self) -> None:
+        """Makes the snapshots that are due by time."""
+        interval = self.shared.settings.snapshot_interval_s
+        for _, durable in self.durable():
+            if durable.is_due and time.monotonic() - durable.saved_at >= interval:
+                await durable.snapshot()
+
+    async def finish(self) -> None:
+        """Leaves every durable session in order for the next start; nothing may follow."""
+        for _, durable in self.durable():
+            await durable.finish()
+            durable.close()
 
 
 _SPEC_TAG = re.compile(r'"spec-(\d{1,18})"')

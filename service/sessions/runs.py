@@ -48,6 +48,31 @@ def cut(
     return pieces
 
 
+def without(runs: Sequence[Run], taken: Sequence[Run], entries: Sequence[Entry]) -> list[Run]:
+    """What is left of runs, in order, where others were taken out of them.
+
+    Args:
+        runs: Of one group.
+        taken: In order; each lies inside one of the runs.
+        entries: Of the layout.
+    """
+    if len(runs) == len(taken):  # nearly always: each was taken whole
+        if all(run[:2] == one[:2] for run, one in zip(runs, taken, strict=True)):
+            return []
+    rest = []
+    queue = list(reversed(taken))
+    for run in runs:
+        first = run.first
+        while queue and queue[-1].first < run.last:
+            one = queue.pop()
+            if one.first > first:
+                rest.append(_part(run, first, one.first, entries))
+            first = one.last
+        if first < run.last:
+            rest.append(_part(run, first, run.last, entries))
+    return rest
+
+
 def singles(run: Run, entries: Sequence[Entry]) -> list[Run]:
     """Each tensor of a run as a run of its own."""
     return [_part(run, at, at + 1, entries) for at in range(run.first, run.last)]

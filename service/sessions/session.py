@@ -1,27 +1,25 @@
 """One session: its parameters, its optimizer state, and the only code that writes them."""
 
 import asyncio
-import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from gradpost.protocol.dtypes import DTYPES
-from kernels import reduce
 from kernels.pool import Pool
 from service.errors import (
+    DiskFull,
     EpochChanged,
     InFlight,
     Internal,
-    Nonfinite,
     ParamsMissing,
     PreconditionFailed,
     ServiceError,
     SessionGone,
     StaleGradient,
-    TensorMismatch,
     VersionPending,
     VersionUnknown,
 )
@@ -29,16 +27,18 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import Group, PushControl, Spec, Terms, with_overrides
 from service.schemas import terms as terms_of
-from service.sessions import transfer, update
-from service.sessions.arena import Arena, Array, Piece, Tensor
-from service.sessions.history import History, Record
+from service.sessions import image, pushes, state, transfer, update
+from service.sessions.arena import Arena, Piece, Tensor
+from service.sessions.disk import Disk
+from service.sessions.durable import Durable
+from service.sessions.history import History
 from service.sessions.lane import Lane, Program, stopping
-from service.sessions.ledger import Ledger, Summary, same_push
-from service.sessions.schedule import factor
+from service.sessions.ledger import Ledger
+from service.sessions.pushes import Gradient, Outcome, Position, Queue
 from service.sessions.versions import Version
 from service.sessions.waiting import Waiting
 from service.settings import Settings
-from service.wire.digest import digest
+from service.storage.header import Kind
 from service.wire.reader import EntryLike
 
 SMALL = 16_384
@@ -59,38 +59,8 @@ class Shared(NamedTuple):
     pool: Pool
     budget: Budget
     metrics: Metrics
-
-
-class Gradient(NamedTuple):
-    """A gradient in layout order, in its wire dtype; zeros where tensors did not come."""
-
-    flat: Array
-    dtype: str
-    control: PushControl
-    release: Callable[[], None]
-    present: tuple[bool, ...] | None = None
-    """For each entry of the layout, whether it came; None: all."""
-
-
-class Outcome(NamedTuple):
-    """What a push did, and the version it may read if parameters were asked for."""
-
-    summary: Summary
-    replayed: bool
-    held: Version | None
-
-
-class Position(NamedTuple):
-    """Where a session stands; assigned whole, so that no reader sees half of a change."""
-
-    epoch: int
-    version: int
-    step: int
-
-    @property
-    def numbers(self) -> tuple[int, int, int]:
-        """Step, epoch and version, as a summary has them."""
-        return self.step, self.epoch, self.version
+    disk: Disk | None = None
+    """The data folder, if there is one."""
 
 
 class Session:
@@ -126,7 +96,13 @@ class Session:
             self._pending,
         )
         self.lane = Lane(shared.pool, self.waiting.wake)
-        self._committing: set[tuple[str, int]] = set()
+        self.committing: set[tuple[str, int]] = set()
+        """Keys of the pushes that the lane is at."""
+        self.queue = Queue(self)
+        self.durable: Durable | None = None
+        """What of it is on the disk; None if nothing is."""
+        self.made: asyncio.Future[None] | None = None
+        """While it is being made on the disk."""
 
     @property
     def epoch(self) -> int:
@@ -171,6 +147,11 @@ class Session:
     def _refusal(self) -> ServiceError | None:
         if self.deleted:
             return gone(self.id)
+        if self.made is not None:
+            return InFlight(
+                f"Session {self.id!r} is being created; send the same request again.",
+                retry_after_s=1,
+            )
         if self.broken is not None:
             return Internal(
                 f"Session {self.id!r} stopped after an unexpected failure ({self.broken}); see the "
@@ -178,15 +159,20 @@ class Session:
             )
         return None
 
-    def check_base(self, control: PushControl) -> int:
+    def check_base(self, control: PushControl, at: Position | None = None) -> int:
         """The staleness of a push.
+
+        Args:
+            control: Its base version and the incarnation it was computed in.
+            at: Where the session will stand; None: where it stands.
 
         Raises:
             EpochChanged: Its base version belongs to a history that was cut.
             VersionUnknown: Its base version does not exist yet.
             StaleGradient: It is staler than the session admits.
         """
-        where = {"epoch": self.epoch, "version": self.version, "step": self.step}
+        at = self.at if at is None else at
+        where = {"epoch": at.epoch, "version": at.version, "step": at.step}
         if control.incarnation not in (None, self.incarnation):
             raise EpochChanged(
                 f"Session {self.id!r} was created anew since this gradient's parameters were "
@@ -197,21 +183,22 @@ class Session:
         if control.base_version is None:
             return 0
         epoch, base = control.base_version
-        if epoch < self.epoch:
+        if epoch < at.epoch:
             raise EpochChanged(
                 f"The gradient was computed in epoch {epoch} and the session is in epoch "
-                f"{self.epoch}: its parameters or state were replaced. Pull and compute again.",
+                f"{at.epoch}: its parameters or state were replaced. Pull and compute again.",
                 base_version=f"{epoch}-{base}",
                 **where,
+                **self._survived(control.worker),
             )
-        if (epoch, base) > (self.epoch, self.version):
+        if (epoch, base) > (at.epoch, at.version):
             raise VersionUnknown(
                 f"base_version {epoch}-{base} does not exist; the newest is "
-                f"{self.epoch}-{self.version}. Was the server restarted? Pull and compute again.",
+                f"{at.epoch}-{at.version}. Was the server restarted? Pull and compute again.",
                 base_version=f"{epoch}-{base}",
                 **where,
             )
-        staleness = self.version - base
+        staleness = at.version - base
         update = self.spec.update
         bound = update.max_staleness
         if bound is not None and staleness > bound and update.on_stale == "refuse":
@@ -224,6 +211,13 @@ class Session:
                 **where,
             )
         return staleness
+
+    def _survived(self, worker: str | None) -> dict[str, Any]:
+        """Which pushes of a worker the session still knows, for one whose history was cut."""
+        standing = None if worker is None else self.ledger.standing(worker)
+        if worker is None:
+            return {}
+        return {"survived": ranges(() if standing is None else standing.admitted)[-20:]}
 
     def precheck(self, control: PushControl) -> bool:
         """The checks that need no body, so that a refusal costs no upload.
@@ -242,7 +236,7 @@ class Session:
         self.check_alive()
         key = control.key
         if key is not None:
-            if key in self._committing:
+            if key in self.committing:
                 raise InFlight(
                     f"Sequence {key[1]} of worker {key[0]!r} is being committed; send the same "
                     "push again to learn what it did.",
@@ -251,27 +245,15 @@ class Session:
             if self.ledger.find(*key) is not None:
                 return True
         self.check_base(control)
-        self._terms_of(control)
+        self.terms_of(control)
         return False
 
     def may_miss(self, entry: EntryLike) -> bool:
         """Whether a push may leave a tensor out."""
         return self.spec.missing == "skip" or self.terms[getattr(entry, "group", 0)].frozen
 
-    def _check_complete(self, arena: Arena, gradient: Gradient) -> None:
-        """Refuses a push that lacks tensors by now: it was read under other rules."""
-        if gradient.present is None:
-            return
-        pairs = zip(arena.layout.entries, gradient.present, strict=True)
-        lacking = [entry.name for entry, came in pairs if not came and not self.may_miss(entry)]
-        if lacking:
-            raise TensorMismatch(
-                f"The push lacks {lacking[0]!r}; send every tensor of the session.",
-                missing=lacking[:20],
-                missing_count=len(lacking),
-            )
-
-    def _terms_of(self, control: PushControl) -> Sequence[Terms]:
+    def terms_of(self, control: PushControl) -> Sequence[Terms]:
+        """What holds for each group in one update."""
         return with_overrides(self.terms, control.overrides, self.spec.dtype)
 
     # Pushes
@@ -284,9 +266,12 @@ class Session:
                 which may be after a cancelled caller has gone.
             hold: Pin the version that results, for an answer with parameters.
         """
-        outcome: asyncio.Future[Outcome] = self.lane.submit(
-            self._push_once(gradient, hold=hold), here=partial(self._is_small, gradient)
-        )
+        outcome: asyncio.Future[Outcome]
+        if self.durable is not None and self.durable.logs:
+            outcome = self.queue.put(gradient, hold=hold)
+        else:
+            program = pushes.one(self, gradient, hold=hold)
+            outcome = self.lane.submit(program, here=partial(self._is_small, gradient))
         if outcome.done():
             gradient.release()
             return outcome.result()
@@ -296,6 +281,10 @@ class Session:
         except asyncio.CancelledError:
             outcome.add_done_callback(self._unpin)  # nobody is left who would give it back
             raise
+
+    def guarded(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Work that writes the disk, with failures that are ours."""
+        return work if self.durable is None else self.durable.guarded(work)
 
     def _unpin(self, outcome: "asyncio.Future[Outcome]") -> None:
         if outcome.exception() is None and (held := outcome.result().held) is not None:
@@ -309,168 +298,17 @@ class Session:
         if spec.norms or arena.average is not None:
             return False
         try:
-            terms = self._terms_of(gradient.control)
+            terms = self.terms_of(gradient.control)
         except ServiceError:
             return True  # it is refused at once
         return update.ready(arena, terms, spec.dtype, gradient.dtype)
 
-    def _push_once(self, gradient: Gradient, *, hold: bool) -> Program[Outcome]:
-        key = gradient.control.key
-        if key is not None:
-            self._committing.add(key)
-        try:
-            return (yield from self._push(gradient, hold=hold))
-        finally:
-            if key is not None:
-                self._committing.discard(key)
-
-    def _push(self, gradient: Gradient, *, hold: bool) -> Program[Outcome]:
-        control = gradient.control
-        arena = self.ready
-        known = self.ledger.find(*control.key) if control.key else None
-        if known is not None and control.key is not None:
-            (mark,) = yield [partial(self._digest, gradient)]
-            summary = same_push(known, mark, *control.key)
-            self.shared.metrics.replay()
-            return Outcome(summary, True, arena.versions.hold() if hold else None)
-        staleness = self.check_base(control)
-        terms = self._terms_of(control)
-        gradient = self._fitted(arena, gradient)
-        self._check_complete(arena, gradient)
-        parts = update.examining(arena, terms, gradient.flat, gradient.dtype)
-        marking = (gradient.flat.size, partial(self._digest, gradient))
-        found = yield from update.together([marking, *(sized for _, sized in parts)])
-        mark = found[0]
-        sums = update.summed(
-            len(terms), [(index, one) for (index, _), one in zip(parts, found[1:], strict=True)]
-        )
-        scale = control.grad_scale or 1.0
-        moves = update.moves(
-            terms, sums, scale, factor(self.spec.schedule, self.step), self._shrink(staleness)
-        )
-        norm = sums.norm / scale if math.isfinite(sums.norm) else None
-        if norm is None and not self._only_large(arena, terms, gradient):
-            self._refuse_nonfinite(arena, terms, gradient)
-            summary = Summary(
-                *self.at.numbers, False, control.key is not None, staleness, moves[0].lr,
-                None, False, "nonfinite", True, None, None,
-            )  # fmt: skip
-            self.shared.metrics.skipped()
-            self._admit(control, mark, summary)
-            return Outcome(summary, False, arena.versions.hold() if hold else None)
-        work = update.prepare(arena, moves, self.spec.dtype, gradient.dtype, gradient.present)
-        try:
-            before, after = arena.versions.begin()
-            done = yield from update.perform(
-                arena,
-                work,
-                before,
-                after,
-                gradient.flat,
-                decay=None if self.spec.ema is None else self.spec.ema.decay,
-                norms=self.spec.norms,
-            )
-            now = Position(self.epoch, self.version + 1, self.step + 1)
-            summary = Summary(
-                *now.numbers, True, control.key is not None, staleness, moves[0].lr, norm,
-                update.clipped(moves, sums, scale), None, done.finite,
-                done.update_norm, done.param_norm,
-            )  # fmt: skip
-            held = arena.versions.publish(*now, after, hold=hold)
-            self.at = now
-            self._admit(control, mark, summary)
-        except BaseException as error:  # all of it happens, or the session is broken
-            self.broken = f"{type(error).__name__} during step {self.step + 1}"
-            raise
-        if not done.finite:
-            self.shared.metrics.nonfinite_params()
-        return Outcome(summary, False, held)
-
-    def _fitted(self, arena: Arena, gradient: Gradient) -> Gradient:
-        """The gradient in the layout of now: tensors that a new group brought did not come."""
-        missing = arena.size - gradient.flat.size
-        if gradient.present is not None and len(gradient.present) == len(arena.layout.entries):
-            return gradient
-        if gradient.present is None and not missing:
-            return gradient
-        return transfer.extended(arena, self.spec, gradient)
-
-    def _digest(self, gradient: Gradient) -> bytes:
-        """What tells this push from another; b"" if nobody will ask."""
-        control = gradient.control
-        if control.key is None:
-            return b""
-        flat, present = gradient.flat, gradient.present
-        if present is not None:  # what a group added behind a push must not make another push of it
-            last = max(at for at, came in enumerate(present) if came) + 1
-            entries = self.ready.layout.entries
-            flat, present = (
-                flat[: entries[last - 1].offset + entries[last - 1].size],
-                present[:last],
-            )
-        return digest(flat, gradient.dtype, self.spec.dtype, control.canonical, present)
-
-    def _live(self, arena: Arena, terms: Sequence[Terms]) -> list[tuple[int, int]]:
-        """The stretches of the flat vector that are not frozen."""
-        pairs = zip(arena.groups, terms, strict=True)
-        return [(group.span.lo, group.span.hi) for group, one in pairs if not one.frozen]
-
-    def _only_large(self, arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> bool:
-        """Whether squares overflowed though every element is finite: float64 above 1e154."""
-        return gradient.dtype == "F64" and all(
-            reduce.all_finite(gradient.flat[lo:hi], "F64") for lo, hi in self._live(arena, terms)
-        )
-
-    def _refuse_nonfinite(self, arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> None:
-        if self.spec.on_nonfinite == "skip":
+    def settled(self, outcome: "asyncio.Future[Outcome]", value: Outcome) -> None:
+        """Answers a push of a group; whoever waits for its version is served in the same moment."""
+        if outcome.cancelled():
             return
-        for lo, hi in self._live(arena, terms):
-            at = reduce.first_nonfinite(gradient.flat[lo:hi], gradient.dtype)
-            if at < 0:
-                continue
-            name, index = arena.layout.name_at(lo + at)
-            raise Nonfinite(
-                f"The gradient of {name!r} is not finite at flat index {index}; nothing was "
-                "applied. Lower the loss scale or the learning rate, or create the session with "
-                "on_nonfinite: skip.",
-                tensor=name,
-                index=index,
-            )
-
-    def _shrink(self, staleness: int) -> float:
-        """What the learning rate is divided by (docs/decisions/0005)."""
-        bound = self.spec.update.max_staleness
-        return 1.0 + staleness if bound is not None and staleness > bound else 1.0
-
-    def _admit(self, control: PushControl, mark: bytes, summary: Summary) -> None:
-        """Ledger, history and metrics of an admitted push."""
-        if control.key is not None:
-            self.ledger.record(*control.key, mark, summary)
-        step_s = time.perf_counter() - self.lane.started_at
-        if summary.applied:
-            self.shared.metrics.observe_step(self.lane.queued_s, step_s)
-        self.history.append(
-            Record(
-                number=self.history.count + 1,
-                step=summary.step,
-                epoch=summary.epoch,
-                version=summary.version,
-                worker=control.worker,
-                sequence=control.sequence,
-                applied=summary.applied,
-                skipped=summary.skipped,
-                loss=control.loss,
-                lr=summary.lr,
-                grad_norm=summary.grad_norm,
-                clipped=summary.clipped,
-                update_norm=summary.update_norm,
-                param_norm=summary.param_norm,
-                staleness=summary.staleness,
-                queued_s=self.lane.queued_s,
-                step_s=step_s,
-                at=time.time(),
-            )
-        )
+        outcome.set_result(value)
+        self.waiting.wake()
 
     # Pulls
 
@@ -530,11 +368,11 @@ class Session:
             TensorMismatch: Not exactly the session's `<slot>/<tensor>`, in its dtype and shapes,
                 or counts or scalars that do not name every tensor.
         """
-        await self.lane.run(transfer.load_state(self, tensors, step, counted, scalars, base))
+        await self.lane.run(state.load_state(self, tensors, step, counted, scalars, base))
 
     async def export_state(self) -> tuple[dict[str, object], list[Piece]]:
         """A copy of the optimizer state: metadata, and every (slot, tensor)."""
-        return await self.lane.run(transfer.export_state(self))
+        return await self.lane.run(state.export_state(self))
 
     async def copy_average(self) -> Version:
         """A copy of the average of the parameters, as a version of its own.
@@ -542,7 +380,7 @@ class Session:
         Raises:
             AverageMissing: The session keeps none.
         """
-        return await self.lane.run(transfer.copy_average(self))
+        return await self.lane.run(state.copy_average(self))
 
     async def add_group(self, group: Mapping[str, Any], tensors: Sequence[Tensor]) -> bool:
         """Adds a parameter group with tensors of its own; False if it is there already, alike.
@@ -600,17 +438,40 @@ class Session:
             spec = change(self.spec)
             if self.arena is not None:
                 update.compile_all(self.arena, terms_of(spec), spec.dtype, norms=spec.norms)
+            if spec != self.spec:
+                yield from self._log_patch(spec)
             self.respecify(spec)
             return self.step + 1
-            yield []
 
         return await self.lane.run(program())
 
+    def _log_patch(self, spec: Spec) -> Program[None]:
+        """Makes another specification durable before it holds."""
+        durable = self.durable
+        if durable is None or not durable.logs:
+            return
+        revision = self.revision + 1
+        facts = {"spec": image.stated(spec), "revision": revision}
+        if not (yield from durable.record(Kind.PATCH, facts)):
+            standing = replace(image.Standing.of(self), spec=spec, revision=revision)
+            yield from durable.replace(standing, grown=False)
+
     async def delete(self) -> None:
-        """Ends the session: what was admitted runs to its end, everything later is refused."""
+        """Ends the session: what was admitted runs to its end, everything later is refused.
+
+        Raises:
+            DiskFull: The end can't be made durable; the session goes on.
+        """
         if self.deleted:
             raise gone(self.id)
         self.deleted = True
+        if self.durable is not None:
+            await self.lane.run(_nothing())
+            try:
+                await self.durable.delete(self.epoch)
+            except DiskFull:
+                self.deleted = False
+                raise
         await self.lane.run(self._free())
 
     async def abandon(self) -> bool:
@@ -633,17 +494,35 @@ class Session:
         yield []
 
     def bytes(self) -> dict[str, int]:
-        """What the session may take of memory, as reserved."""
+        """What the session may take of memory and disk, as reserved."""
+        disk = 0 if self.durable is None else self.durable.disk_bytes
         if self.arena is None:
-            return {"reserved": 0}
+            return {"reserved": 0, "disk": disk}
         size = DTYPES[self.spec.dtype]
         one = self.arena.size * size
         return {
             "reserved": self.arena.reserved,
+            "disk": disk,
             "params": one,
             "state": sum(array.size for array in self.arena.state) * size,
             "gradient": one,
         }
+
+
+def _nothing() -> Program[None]:
+    return
+    yield []
+
+
+def ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Whole numbers as stretches [first, last], in order."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] + 1 == number:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return found
 
 
 def gone(name: str) -> SessionGone:

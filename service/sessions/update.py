@@ -1,7 +1,7 @@
 """One update: from a validated gradient to new parameters and state, in the order of DESIGN §6."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from service.sessions.layout import Entry
 from service.sessions.runs import Run
 
 Thunk = Callable[[], Any]
+Runs = tuple[Run, ...]
 _COSTLY = 16  # an element of a rule per tensor is the work of so many others, or of more
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -39,12 +40,37 @@ class Move(NamedTuple):
     limit: float | None
 
 
+class Part(NamedTuple):
+    """What one stretch of a group takes, in numbers: all that an update has of its own.
+
+    A log that keeps the bits of these repeats the update, whatever machine it is on.
+
+    Attributes:
+        group: Its number.
+        first: The first entry of the stretch.
+        last: The entry behind it.
+        updates: How many it has had before.
+        lr: The learning rate.
+        values: Of an elementwise rule the coefficients, the bound of the gradient last where it is
+            clipped by value; of a rule per tensor what the gradient is multiplied by, that bound
+            (infinity: none), and the rule's numbers.
+        scalars: Of the rule, after the update.
+    """
+
+    group: int
+    first: int
+    last: int
+    updates: int
+    lr: float
+    values: tuple[float, ...]
+    scalars: tuple[float, ...]
+
+
 class Step(NamedTuple):
     """One kernel run, ready to start."""
 
     group: Ruled
     run: Run
-    after: Run
     kernel: cpu.Kernel
     h: Array
 
@@ -54,19 +80,21 @@ class Whole(NamedTuple):
 
     group: Ruled
     run: Run
-    after: Run
     entry: Entry
     state: tuple[Array, ...]
-    move: Move
+    hyper: Mapping[str, Any]
+    lr: float
+    values: tuple[float, ...]
     dtypes: tuple[str, str]
     """Of the session, and of the gradient."""
 
 
 class Work(NamedTuple):
-    """A whole update: what runs, and which stretches stay as they are."""
+    """A whole update: what runs, which stretches stay as they are, and the runs of each group."""
 
     steps: tuple[Step | Whole, ...]
-    kept: tuple[tuple[Ruled, Run], ...]
+    kept: tuple[Run, ...]
+    runs: tuple[Runs, ...]
 
 
 class Done(NamedTuple):
@@ -224,71 +252,124 @@ def _compile(one: Terms, group: Ruled, master: str, grad: str) -> cpu.Kernel | N
     return cpu.kernel(variant, master, grad, clamped=bounded)
 
 
-def prepare(
-    arena: Arena, chosen: Sequence[Move], master: str, grad: str, present: Sequence[bool] | None
-) -> Work:
-    """Everything that may fail (a compiler, an allocation), before the first write.
+def parts(
+    arena: Arena,
+    chosen: Sequence[Move],
+    present: Sequence[bool] | None,
+    runs: Sequence[Runs] | None = None,
+) -> list[Part]:
+    """The numbers of an update, in float64 on the host; nothing is written.
 
     Args:
         arena: Only read.
         chosen: For each group.
-        master: The session's dtype.
-        grad: Of the gradient.
         present: For each entry of the layout, whether it came; None: all.
+        runs: Of each group, before the update; None: those of now.
     """
-    steps: list[Step | Whole] = []
-    kept: list[tuple[Ruled, Run]] = []
-    for group, move in zip(arena.groups, chosen, strict=True):
+    found: list[Part] = []
+    for index, (group, move) in enumerate(zip(arena.groups, chosen, strict=True)):
         if move.terms.frozen:
-            kept += [(group, run) for run in group.runs]
             continue
-        pieces = (
-            [(run, True) for run in group.runs]
-            if present is None
-            else stretches.cut(group.runs, present, arena.layout.entries)
-        )
-        kept += [(group, run) for run, came in pieces if not came]
-        live = [run for run, came in pieces if came]
-        loop = _compile(move.terms, group, master, grad)
-        if loop is None:
-            steps += _wholes(arena, group, live, move, (master, grad))
-        else:
-            steps += [_step(group, run, move, loop, master) for run in live]
-    return Work(tuple(steps), tuple(kept))
+        live: Sequence[Run] = group.runs if runs is None else runs[index]
+        if present is not None:
+            pieces = stretches.cut(live, present, arena.layout.entries)
+            live = [run for run, came in pieces if came]
+        found += [_part(index, group, run, move) for run in live]
+    return found
 
 
-def _step(group: Ruled, run: Run, move: Move, loop: cpu.Kernel, master: str) -> Step:
+def _part(index: int, group: Ruled, run: Run, move: Move) -> Part:
     rule, hyper, lr = group.rule, move.terms.hyper, move.lr
+    if rule.tensorwise:
+        limit = math.inf if move.limit is None else move.limit
+        numbers = tensorwise.numbers(rule.name, hyper, run.updates)
+        values: tuple[float, ...] = (move.factor, limit, *numbers)
+        return Part(index, run.first, run.last, run.updates, lr, values, ())
     scalars = run.scalars if run.updates else rule.start(hyper, lr)
     *most, sign = rule.coefficients(hyper, run.updates, lr, scalars)
     # The gradient's own factor rides on the coefficient that turns its sign.
-    values = [*most, sign * move.factor]
+    values = (*most, sign * move.factor)
     if move.limit is not None:
-        values.append(move.limit)
+        values = (*values, move.limit)
+    scalars = rule.advance(hyper, run.updates, lr, scalars)
+    return Part(index, run.first, run.last, run.updates, lr, values, scalars)
+
+
+def prepare(
+    arena: Arena, terms: Sequence[Terms], numbers: Sequence[Part], master: str, grad: str,
+    runs: Sequence[Runs] | None = None,
+) -> Work:  # fmt: skip
+    """Everything that may fail (a compiler, an allocation), before the first write.
+
+    Args:
+        arena: Only read, but for state that no update has reached.
+        terms: Effective for this update, of each group.
+        numbers: From `parts`, or from a log.
+        master: The session's dtype.
+        grad: Of the gradient.
+        runs: As for `parts`.
+    """
+    steps: list[Step | Whole] = []
+    kept: list[Run] = []
+    after: list[Runs] = []
+    mine: list[list[Part]] = [[] for _ in arena.groups]
+    for part in numbers:
+        mine[part.group].append(part)
+    for index, group in enumerate(arena.groups):
+        before = group.runs if runs is None else runs[index]
+        if not mine[index]:
+            kept += before
+            after.append(before)
+            continue
+        loop = _compile(terms[index], group, master, grad)
+        taken = [_run(part, arena.layout.entries) for part in mine[index]]
+        pairs = list(zip(mine[index], taken, strict=True))
+        if loop is None:
+            steps += _wholes(arena, group, pairs, terms[index].hyper, (master, grad))
+        else:
+            steps += [_step(group, run, part, loop, master) for part, run in pairs]
+        rest = stretches.without(before, taken, arena.layout.entries)
+        kept += rest
+        done = [run._replace(updates=run.updates + 1, scalars=part.scalars) for part, run in pairs]
+        after.append(stretches.joined(sorted([*rest, *done])) if rest else stretches.joined(done))
+    return Work(tuple(steps), tuple(kept), tuple(after))
+
+
+def _run(part: Part, entries: Sequence[Entry]) -> Run:
+    """The stretch of a part, before its update."""
+    end = entries[part.last - 1]
+    return Run(
+        part.first, part.last, entries[part.first].offset, end.offset + end.size, part.updates
+    )
+
+
+def _step(group: Ruled, run: Run, part: Part, loop: cpu.Kernel, master: str) -> Step:
+    values = part.values
     if master == "F32" and not (-_LARGEST <= min(values) and max(values) <= _LARGEST):
         with np.errstate(over="ignore"):  # as in torch: a product of hyperparameters may overflow
             h = np.array(values, np.float32)
     else:
         h = np.array(values, NUMPY[master])
-    scalars = rule.advance(hyper, run.updates, lr, scalars)
-    after = Run(run.first, run.last, run.lo, run.hi, run.updates + 1, scalars)
     if not run.updates:
-        _start_at(group, run, lr)
-    return Step(group, run, after, loop, h)
+        _start_at(group, run, part.lr)
+    return Step(group, run, loop, h)
 
 
 def _wholes(
-    arena: Arena, group: Ruled, live: Sequence[Run], move: Move, dtypes: tuple[str, str]
-) -> list[Whole]:
+    arena: Arena, group: Ruled, taken: Sequence[tuple[Part, Run]], hyper: Mapping[str, Any],
+    dtypes: tuple[str, str],
+) -> list[Whole]:  # fmt: skip
     """The tensors of some runs, one by one."""
     entries = arena.layout.entries
     state: dict[str, list[Array]] = {}
     for piece in group.pieces(arena.layout):
         state.setdefault(piece.entry.name, []).append(piece.flat)
     found = []
-    for one in (one for run in live for one in stretches.singles(run, entries)):
-        entry, after = entries[one.first], one._replace(updates=one.updates + 1)
-        found.append(Whole(group, one, after, entry, tuple(state[entry.name]), move, dtypes))
+    for part, run in taken:
+        for one in stretches.singles(run, entries):
+            entry = entries[one.first]
+            kept = tuple(state[entry.name])
+            found.append(Whole(group, one, entry, kept, hyper, part.lr, part.values, dtypes))
     return found
 
 
@@ -330,12 +411,13 @@ def perform(
     if before is not after:
         sized += [
             (run.hi - run.lo, partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi]))
-            for _, run in work.kept
+            for run in work.kept
         ]
     results = yield from together(sized)
     changes = [blocks for done in results if done is not None for blocks in done[1]]
     finite = all(done[0] for done in results if done is not None)
-    _advance(work)
+    for group, runs in zip(arena.groups, work.runs, strict=True):
+        group.runs = runs
     dtype = "F64" if after.dtype == np.float64 else "F32"
     if arena.average is not None and decay is not None:
         yield [
@@ -348,22 +430,6 @@ def perform(
         partial(reduce.sumsq, after, dtype, lo, hi) for lo, hi in cpu.chunks(0, arena.size)
     ]
     return Done(finite, _finite(_root(changes)), _finite(_root(sums)))
-
-
-def _advance(work: Work) -> None:
-    """Notes that the tensors of a finished update have had it."""
-    if len(work.steps) == 1 and not work.kept:
-        step = work.steps[0]
-        step.group.runs = (step.after,)
-        return
-    found: dict[int, tuple[Ruled, list[Run]]] = {}
-    for step in work.steps:
-        found.setdefault(id(step.group), (step.group, []))[1].append(step.after)
-    for other, run in work.kept:
-        found.setdefault(id(other), (other, []))[1].append(run)
-    for group, parts in found.values():
-        parts.sort(key=lambda run: run.first)
-        group.runs = stretches.joined(parts)
 
 
 def _finite(value: float) -> float | None:
@@ -411,13 +477,15 @@ def _whole(
     step: Whole, before: Array, after: Array, flat: Array, *, norms: bool
 ) -> tuple[bool, list[Array]]:
     """A whole tensor; its gradient is converted into scratch, which the rule may overwrite."""
-    lo, hi, move, (master, grad) = step.run.lo, step.run.hi, step.move, step.dtypes
+    lo, hi, (master, grad) = step.run.lo, step.run.hi, step.dtypes
     source = before[lo:hi]
     target = source if before is after else after[lo:hi]
-    hyper, rule = move.terms.hyper, step.group.rule.name
-    g = tensorwise.gradient(flat[lo:hi], grad, master, hyper, move.factor, move.limit)
+    hyper, rule = step.hyper, step.group.rule.name
+    factor, limit, *numbers = step.values
+    bound = None if limit == math.inf else limit
+    g = tensorwise.gradient(flat[lo:hi], grad, master, hyper, factor, bound)
     was = source.copy() if norms and target is source else source
     finite = tensorwise.step(
-        rule, source, target, g, step.state, step.entry.shape, hyper, step.run.updates, move.lr
+        rule, source, target, g, step.state, step.entry.shape, hyper, step.lr, tuple(numbers)
     )
     return finite, [reduce.sumsq_change(target, was, master, 0, hi - lo)] if norms else []

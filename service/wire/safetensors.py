@@ -18,6 +18,7 @@ import numpy as np
 
 from gradpost.protocol.dtypes import DTYPES
 from gradpost.protocol.tensors import (
+    MAX_HEADER_BYTES,
     Header,
     HeaderError,
     TensorInfo,
@@ -80,7 +81,7 @@ class SafetensorsReader:
         InvalidTensors: The length can not be that of a safetensors body.
     """
 
-    def __init__(self, length: int, place: Place) -> None:
+    def __init__(self, length: int, place: Place, header_bytes: int = MAX_HEADER_BYTES) -> None:
         if length < _PREFIX + 2:
             raise InvalidTensors(
                 f"A body of {length} bytes can not be safetensors, which begins with 8 bytes of "
@@ -88,6 +89,7 @@ class SafetensorsReader:
             )
         self._length = length
         self._place = place
+        self._header_limit = header_bytes
         self._head = bytearray()
         self._needed = _PREFIX
         self._scatter: Scatter | None = None
@@ -163,7 +165,7 @@ class SafetensorsReader:
     def _header_length(self) -> int:
         """The length of the header, checked against its limit and against the body's length."""
         try:
-            length = header_length(bytes(self._head))
+            length = header_length(bytes(self._head), self._header_limit)
         except HeaderError as error:
             raise InvalidTensors(str(error)) from None
         if _PREFIX + length > self._length:
@@ -222,8 +224,8 @@ def grads_reader(
 class TensorsReader(SafetensorsReader):
     """Reads any tensors (parameters, state) and keeps their bytes together, as they came."""
 
-    def __init__(self, length: int, allocate: Allocate) -> None:
-        super().__init__(length, self._keep)
+    def __init__(self, length: int, allocate: Allocate, header_bytes: int) -> None:
+        super().__init__(length, self._keep, header_bytes)
         self._allocate = allocate
         self._data: Bytes = np.empty(0, np.uint8)
 
@@ -244,17 +246,20 @@ class TensorsReader(SafetensorsReader):
         return Scatter(self._data, [(0, header.data_bytes)] if header.data_bytes else [])
 
 
-def tensors_reader(length: int, allocate: Allocate) -> TensorsReader:
+def tensors_reader(
+    length: int, allocate: Allocate, header_bytes: int = MAX_HEADER_BYTES
+) -> TensorsReader:
     """A reader of parameters or state: any names and shapes, each tensor with its own dtype.
 
     Args:
         length: Bytes of the body.
         allocate: Called once, with the bytes of the data part, when the header is found sound.
+        header_bytes: The longest header that is let in.
 
     Raises:
         InvalidTensors: The body is too short to be safetensors.
     """
-    return TensorsReader(length, allocate)
+    return TensorsReader(length, allocate, header_bytes)
 
 
 def answer_parts(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> list[memoryview]:

@@ -29,8 +29,8 @@ class Reply(NamedTuple):
 class Api:
     """One application and its transport."""
 
-    def __init__(self, settings):
-        self.app = create_app(settings)
+    def __init__(self, settings, files=None):
+        self.app = create_app(settings, files)
         self.transport = InProcess(self.app)
 
     def call(self, method, path, body=None, **headers):

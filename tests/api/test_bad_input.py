@@ -285,7 +285,7 @@ def test_an_lr_of_1e999(model):
         ({"optimizer": {"amsgrad": True}}, "structural"),
         ({"dtype": "F64"}, "structural"),
         ({"device": "cuda:0"}, "device-unavailable"),
-        ({"durability": "log"}, "not-supported-yet"),
+        ({"durability": "log"}, "structural"),
         ({"optimizer": {"lr": -1}}, "invalid-request"),
         ({"optimizer": {"momentum": 0.5}}, "invalid-request"),
         ({"params": {}}, "invalid-request"),

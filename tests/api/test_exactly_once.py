@@ -153,3 +153,24 @@ def test_parameters_come_back_as_they_went(api):
     expected = flat(PARAMS) - np.float32(0.001) * flat(GRADS)
     got = flat(json.loads(reply.body)["params"])
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_a_worker_can_ask_where_it_stands(api):
+    api.make()
+    for sequence in (1, 2, 5):
+        assert api.push(worker="w", sequence=sequence, base_version=1).status == 200
+    found = api.call("GET", "/v1/sessions/m/workers/w").json
+    assert (found["next_sequence"], found["highest"]) == (6, 5)
+    assert found["ranges"] == [[1, 2], [5, 5]]
+    assert (found["last"]["step"], found["last"]["replayed"]) == (3, True)
+    assert found["step"] == 3
+    check_problem(api.call("GET", "/v1/sessions/m/workers/v"), 404, "worker-unknown")
+    check_problem(api.call("GET", "/v1/sessions/m/workers/a b"), 422, "invalid-request")
+
+
+def test_an_epoch_that_changed_says_which_pushes_are_still_known(api):
+    api.make()
+    assert api.push(worker="w", sequence=1, base_version=1).status == 200
+    api.call("PUT", "/v1/sessions/m/params", {"params": {"s": 1.0}})
+    reply = api.push(worker="w", sequence=2, base_version="1-2")
+    assert check_problem(reply, 409, "epoch-changed")["survived"] == [[1, 1]]

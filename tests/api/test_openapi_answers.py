@@ -29,6 +29,7 @@ class Case(NamedTuple):
     def call(self, api):
         """The answer to it."""
         path = self.template.replace("{id}", self.id) + self.query
+        path = path.replace("{worker}", "v").replace("{name}", "c")
         return api.call(self.method, path, self.body, **self.headers)
 
 
@@ -78,6 +79,9 @@ def uploads(what):
 
 CREATE, SESSION, STEPS = "/v1/sessions", "/v1/sessions/{id}", "/v1/sessions/{id}/steps"
 PARAMS, STATE, HISTORY = (f"{SESSION}/{what}" for what in ("params", "state", "history"))
+WORKER = f"{SESSION}/workers/{{worker}}"
+CHECKPOINTS, RESTORE = f"{SESSION}/checkpoints", f"{SESSION}/restore"
+CHECKPOINT = f"{CHECKPOINTS}/{{name}}"
 COUNTS = {"w": 0, "b": 0, "s": 0}
 CASES = [
     Case("invalid-request", "GET", CREATE, query="?limit=0"),
@@ -90,7 +94,9 @@ CASES = [
     *sessions("PATCH", SESSION, {}),
     *bodies("PATCH", SESSION),
     Case("structural", "PATCH", SESSION, body={"dtype": "F64"}),
-    Case("not-supported-yet", "PATCH", SESSION, body={"durability": "log"}),
+    Case("not-supported-yet", "PATCH", SESSION, body={"update": {"mode": "sync"}}),
+    Case("data-dir-missing", "PUT", SESSION, "new", body={**ADAM, "durability": "log"}),
+    Case("data-dir-missing", "POST", CREATE, "new", body={**ADAM, "durability": "log"}),
     Case("device-unavailable", "PATCH", SESSION, body={"device": "cuda:0"}),
     Case("precondition-failed", "PATCH", SESSION, body={"optimizer": {"lr": 1}},
          headers={"if_match": '"spec-9"'}),
@@ -115,6 +121,19 @@ CASES = [
     Case("invalid-tensors", "PUT", STATE, body={"state": [], "counts": COUNTS, "step": 0}),
     Case("tensor-mismatch", "PUT", STATE, body={"state": {}, "counts": COUNTS, "step": 0}),
     Case("nonfinite", "PUT", STATE, body={"state": {"x": 1e39}, "counts": COUNTS, "step": 0}),
+    *sessions("GET", WORKER),
+    Case("worker-unknown", "GET", WORKER),
+    *[Case("data-dir-missing", *one) for one in (
+        ("GET", CHECKPOINTS), ("POST", CHECKPOINTS), ("GET", CHECKPOINT), ("DELETE", CHECKPOINT),
+    )],
+    Case("data-dir-missing", "POST", RESTORE, body={"checkpoint": "c"}),
+    *[case for method, template in (
+        ("GET", CHECKPOINTS), ("POST", CHECKPOINTS), ("GET", CHECKPOINT), ("DELETE", CHECKPOINT),
+    ) for case in sessions(method, template)],
+    *sessions("POST", RESTORE, {"checkpoint": "c"}),
+    *bodies("POST", RESTORE),
+    Case("invalid-request", "POST", CHECKPOINTS, body={"name": "/"}),
+    Case("precondition-failed", "POST", RESTORE, body={}, headers={"if_match": '"1-9"'}),
     *sessions("GET", HISTORY),
     Case("invalid-request", "GET", HISTORY, query="?limit=x"),
     Case("bad-request", "GET", HISTORY, query="?limit=1&limit=2"),

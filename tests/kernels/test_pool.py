@@ -1,9 +1,11 @@
 import logging
+import queue
 import threading
+from functools import partial
 
 import pytest
 
-from kernels.pool import Pool
+from kernels.pool import Pool, Waits
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -174,3 +176,47 @@ def test_threads_must_be_positive():
     pool = Pool()
     assert pool.threads >= 1
     pool.close()
+
+
+def test_parts_that_wait_hold_no_thread_of_the_pool():
+    pool, event, ended = Pool(1), threading.Event(), queue.SimpleQueue()
+
+    def waits():
+        found = yield Waits([partial(event.wait, 60), threading.current_thread])
+        (after,) = yield [threading.current_thread]
+        return found, after
+
+    def works():
+        (found,) = yield [lambda: 42]
+        return found
+
+    try:
+        pool.submit(waits(), lambda result, error: ended.put((result, error)))
+        assert pool.run(works()) == 42
+        event.set()
+        ((waited, thread), after), error = ended.get(timeout=60)
+        assert error is None
+        assert waited is True
+        assert thread.name.startswith("gradpost-wait")
+        assert after.name.startswith("gradpost-pool")
+    finally:
+        pool.close()
+
+
+def test_the_error_of_a_part_that_waits_is_thrown_in():
+    pool, ended = Pool(1), queue.SimpleQueue()
+
+    def fails():
+        raise OSError("no disk")
+
+    def waits():
+        try:
+            yield Waits([fails])
+        except OSError as error:
+            return str(error)
+
+    try:
+        pool.submit(waits(), lambda result, error: ended.put((result, error)))
+        assert ended.get(timeout=60) == ("no disk", None)
+    finally:
+        pool.close()

@@ -37,8 +37,9 @@ def step(rule, h, count, p, g, state, *, grad=None, out=None, **scaling):
     parts = tuple(state[name].reshape(-1) for name in fields(rule, h, p.shape))
     before = p.reshape(-1)
     after = before if out is None else out.reshape(-1)
+    numbers = tensorwise.numbers(rule, h, count)
     return tensorwise.step(
-        rule, before, after, taken, parts, p.shape, h, count, float(h["lr"])
+        rule, before, after, taken, parts, p.shape, h, float(h["lr"]), numbers
     )  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def test_refuses_arrays_that_do_not_fit_and_writes_nothing(rule):
     ]
     for before, after, taken, parts in wrong:
         with pytest.raises(ValueError, match=rule):
-            tensorwise.step(rule, before, after, taken, parts, (2, 3), h, 0, 1e-3)
+            tensorwise.step(rule, before, after, taken, parts, (2, 3), h, 1e-3, ())
     assert (p == 1).all()
     assert (g == 1).all()
     assert not any(part.any() for part in state)

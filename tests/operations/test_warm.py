@@ -80,7 +80,8 @@ def test_after_it_nothing_is_left_to_compile_of_a_rule_per_tensor(rule):
             wire = np.zeros(size, NUMPY[gradient])
             g = tensorwise.gradient(wire, gradient, "F32", hyper, 0.5, 1.0)
             p = np.ones(size, np.float32)
-            tensorwise.step(rule, p, p, g, state, shape, hyper, 0, 0.1)
+            numbers = tensorwise.numbers(rule, hyper, 0)
+            tensorwise.step(rule, p, p, g, state, shape, hyper, 0.1, numbers)
     assert loaded == [set(module._loops) for module in (reduce, convert, passes)]
 
 

@@ -55,6 +55,10 @@ def test_the_contracts_hold():
         ("service/settings.py", "import kernels.cpu"),
         ("service/connection.py", "import service.sessions.session"),
         ("service/nowhere.py", "import service.errors"),
+        ("service/storage/ring.py", "import service.wire.raw"),
+        ("service/storage/check.py", "import service.errors"),
+        ("service/storage/ring.py", "import service.storage.index"),
+        ("service/storage/files.py", "import service.storage.header"),
         ("client/src/gradpost/session.py", "import kernels.cpu"),
     ],
 )
@@ -77,6 +81,14 @@ def test_fastapi_stays_in_its_rooms():
         name = path.relative_to(ROOT).as_posix()
         if not name.startswith(FASTAPI_MAY_APPEAR):
             assert not any(module.split(".")[0] == "fastapi" for module in imports(path)), name
+
+
+def test_the_storage_needs_xxhash_only():
+    for path in modules("service/storage"):
+        for module in imports(path):
+            first = module.split(".")[0]
+            known = first in sys.stdlib_module_names or first == "xxhash"
+            assert known or module.startswith("service.storage"), (path, module)
 
 
 def test_numba_stays_in_the_kernels():

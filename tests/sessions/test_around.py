@@ -20,9 +20,11 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import PushControl, parse_control, parse_spec
 from service.sessions import session as module
+from service.sessions.arena import counts
+from service.sessions.pushes import Gradient
 from service.sessions.registry import Sessions
 from service.sessions.schedule import factor
-from service.sessions.session import Gradient, Shared
+from service.sessions.session import Shared
 from service.settings import Settings
 
 SHAPES = {"a": (3, 2), "b": (), "c": (5,), "e": (0,)}
@@ -60,7 +62,7 @@ names_of = itertools.count()
 
 async def made(sessions, params, rule="adam", **fields):
     optimizer = rule if isinstance(rule, dict) else {"rule": rule, "lr": 0.1}
-    session = sessions.create(
+    session = await sessions.create(
         f"s{next(names_of)}", parse_spec({"optimizer": optimizer, **fields})[0]
     )
     await session.load(tensors(params), first_only=True)
@@ -149,8 +151,8 @@ def test_an_absent_tensor_is_as_if_nothing_had_happened_to_it(sessions, rule):
             kept |= state(session)
         same(params(whole), theirs)
         same(state(whole), kept)
-        counts = module.transfer.counts(whole.arena)
-        assert counts == {"a": 4, "b": 4, "c": 5, "e": 3}
+        found = counts(whole.arena)
+        assert found == {"a": 4, "b": 4, "c": 5, "e": 3}
 
     asyncio.run(scenario())
 
@@ -488,17 +490,17 @@ def test_a_deleted_session_pays_for_a_gradient_that_is_still_sent(sessions):
 def test_a_failed_creation_leaves_nothing_unless_parameters_came(sessions):
     async def scenario():
         spec = parse_spec({"optimizer": {"rule": "sgd"}})[0]
-        failed = sessions.create("x", spec)
+        failed = await sessions.create("x", spec)
         with pytest.raises(TensorMismatch):
             await failed.load([], first_only=True)
         await sessions.forget(failed)
-        assert sessions.create("x", spec).epoch == 1
+        assert (await sessions.create("x", spec)).epoch == 1
         saved = sessions.get("x")
         await saved.load(tensors(start()), first_only=True)
         await sessions.forget(saved)
         assert sessions.get("x") is saved
-        third = sessions.create("y", spec)
-        sessions.attach("y", {})
+        third = await sessions.create("y", spec)
+        await sessions.attach("y", {})
         await sessions.forget(third)
         with pytest.raises(SessionGone):
             await third.load(tensors(start()), first_only=True)
@@ -511,7 +513,7 @@ def test_a_failed_creation_leaves_nothing_unless_parameters_came(sessions):
 def test_names_that_no_header_can_carry_are_refused_at_the_upload(sessions):
     async def scenario():
         many = [(f"{'n' * 100}{k}", "F32", (0,), np.empty(0, np.float32)) for k in range(9000)]
-        session = sessions.create("x", parse_spec({"optimizer": {"rule": "adam"}})[0])
+        session = await sessions.create("x", parse_spec({"optimizer": {"rule": "adam"}})[0])
         with pytest.raises(TensorMismatch, match="9000 tensors"):
             await session.load(many, first_only=True)
         assert sessions.shared.budget.used == 0
@@ -526,7 +528,7 @@ def test_patterns_times_names_are_bounded(sessions):
         many = [(f"{'a' * 900}{k}", "F32", (0,), np.empty(0, np.float32)) for k in range(301)]
         spec = parse_spec({"optimizer": {"rule": "sgd"}, "groups": groups})[0]
         with pytest.raises(TensorMismatch, match="too many to match"):
-            await sessions.create("x", spec).load(many, first_only=True)
+            await (await sessions.create("x", spec)).load(many, first_only=True)
 
     asyncio.run(scenario())
 

@@ -29,8 +29,9 @@ from service.schemas import PushControl, parse_spec
 from service.sessions import session as module
 from service.sessions import update
 from service.sessions.conversion import converted
+from service.sessions.pushes import Gradient
 from service.sessions.registry import Sessions, revision_of
-from service.sessions.session import Gradient, Shared
+from service.sessions.session import Shared
 from service.settings import Settings
 
 TENSORS = [
@@ -72,7 +73,7 @@ def rows_of(pieces):
 
 
 async def made(sessions, name="s", **fields):
-    session = sessions.create(name, spec(**fields))
+    session = await sessions.create(name, spec(**fields))
     await session.load(TENSORS, first_only=True)
     return session
 
@@ -140,7 +141,6 @@ def test_a_cancelled_caller_does_not_stop_its_push(sessions, monkeypatch):
 
 AFTER_THE_FIRST_WRITE = {
     "kernel": lambda session: (update, "_plain"),
-    "noting the runs": lambda session: (update, "_advance"),
     "publishing": lambda session: (session.arena.versions, "publish"),
     "the ledger": lambda session: (session.ledger, "record"),
     "the history": lambda session: (session.history, "append"),
@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_changes_no_number(sessions, policy):
 
 def test_squares_that_overflow_are_not_taken_for_infinities(sessions):
     async def scenario():
-        session = sessions.create("s", spec(dtype="F64", rule="sgd"))
+        session = await sessions.create("s", spec(dtype="F64", rule="sgd"))
         await session.load([("w", "F64", (2,), np.zeros(2))], first_only=True)
         outcome = await session.push(gradient([1e200, 1.0], dtype="F64"), hold=False)
         assert outcome.summary.applied
@@ -224,7 +224,7 @@ def test_squares_that_overflow_are_not_taken_for_infinities(sessions):
 
 def test_an_infinite_parameter_is_said(sessions):
     async def scenario():
-        session = sessions.create("s", spec(optimizer={"rule": "sgd", "lr": 1e38}))
+        session = await sessions.create("s", spec(optimizer={"rule": "sgd", "lr": 1e38}))
         await session.load([("w", "F32", (1,), np.ones(1, np.float32))], first_only=True)
         outcome = await session.push(gradient([1e38]), hold=False)
         assert outcome.summary.applied
@@ -278,7 +278,7 @@ def test_uploads_that_do_not_fit_change_nothing(sessions):
 
 def test_memory_is_refused_before_it_is_taken_and_given_back_at_the_end(sessions):
     async def scenario():
-        big = sessions.create("big", spec())
+        big = await sessions.create("big", spec())
         flat = np.zeros(1 << 18, np.float32)
         with pytest.raises(InsufficientMemory):
             await big.load([("w", "F32", flat.shape, flat)], first_only=True)
@@ -305,7 +305,7 @@ def test_state_goes_round_and_training_goes_on_to_the_bit(sessions):
             await one.push(gradient(values), hold=False)
         facts, pieces = await one.export_state()
         held = await one.hold(None, 0)
-        two = sessions.create("two", spec())
+        two = await sessions.create("two", spec())
         await two.load([("w", "F32", (3, 2), held.flat[:6].copy()),
                         ("b", "F32", (), held.flat[6:].copy())], first_only=True)  # fmt: skip
         one.release(held)
@@ -368,7 +368,7 @@ def test_deleting_wakes_those_who_wait_and_leaves_a_tombstone(sessions):
             sessions.get("s")
         with pytest.raises(SessionUnknown):
             sessions.get("t")
-        assert sessions.create("s", spec()).epoch == 2
+        assert (await sessions.create("s", spec())).epoch == 2
 
     asyncio.run(scenario())
 
@@ -378,20 +378,23 @@ def test_forgotten_tombstones_still_move_the_epoch(sessions, monkeypatch):
 
     async def scenario():
         for _ in range(2):
-            sessions.create("a", spec())
+            await sessions.create("a", spec())
             await sessions.delete("a")
-        sessions.create("b", spec())
+        await sessions.create("b", spec())
         await sessions.delete("b")
-        assert sessions.create("a", spec()).epoch == 3
+        assert (await sessions.create("a", spec())).epoch == 3
 
     asyncio.run(scenario())
 
 
 def test_the_number_of_sessions_is_bounded(sessions):
-    for name in "abc":
-        sessions.create(name, spec())
-    with pytest.raises(TooManySessions):
-        sessions.create("d", spec())
+    async def scenario():
+        for name in "abc":
+            await sessions.create(name, spec())
+        with pytest.raises(TooManySessions):
+            await sessions.create("d", spec())
+
+    asyncio.run(scenario())
 
 
 def test_if_match_names_a_revision():

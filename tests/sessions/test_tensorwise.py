@@ -12,8 +12,9 @@ from service.errors import InsufficientMemory, Nonfinite, TensorMismatch
 from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import parse_control, parse_spec
+from service.sessions.pushes import Gradient
 from service.sessions.registry import Sessions
-from service.sessions.session import Gradient, Shared
+from service.sessions.session import Shared
 from service.settings import Settings
 
 SHAPES = {"w": (6, 4), "tall": (9, 2), "bias": (5,), "scale": (), "conv": (2, 3, 4), "none": (0, 4)}
@@ -47,7 +48,7 @@ def tensors(values, dtype="F32"):
 async def made(sessions, params, rule, **fields):
     optimizer = rule if isinstance(rule, dict) else {"rule": rule}
     spec = parse_spec({"optimizer": optimizer, **fields})[0]
-    session = sessions.create(f"s{next(names_of)}", spec)
+    session = await sessions.create(f"s{next(names_of)}", spec)
     await session.load(tensors(params), first_only=True)
     return session
 
@@ -311,7 +312,7 @@ def test_schedules_and_overrides_set_the_rate(sessions, rule):
 def test_a_float64_session_takes_narrow_gradients(sessions):
     async def scenario():
         spec = parse_spec({"optimizer": {"rule": "lamb"}, "dtype": "F64"})[0]
-        session = sessions.create("wide", spec)
+        session = await sessions.create("wide", spec)
         await session.load(tensors(start()), first_only=True)
         await push(session, start(1))
         assert session.arena.versions.head.flat.dtype == np.float64

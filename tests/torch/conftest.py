@@ -26,8 +26,11 @@ class Shared:
 
 
 @pytest.fixture(scope="session")
-def server():
-    settings = Settings(threads=2, warm_rules=(), log_level="error", memory_bytes=1 << 28)
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server") / "data"
+    settings = Settings(
+        threads=2, warm_rules=(), log_level="error", memory_bytes=1 << 28, data_dir=folder
+    )
     with InProcess(create_app(settings)) as transport:
         yield Shared(transport)
 

@@ -285,3 +285,30 @@ def test_the_step_of_a_schedule_survives_with_a_rule_that_keeps_none(remote):
     twins.feed(again)
     other.step()
     assert other.summary.lr == pytest.approx(0.6)
+
+
+def test_a_checkpoint_on_the_server_is_one_line_each_way(remote):
+    theirs, ours = twins.twice()
+    first, second = remote(ours, lr=0.1), remote(theirs, lr=0.1)
+    train((first, ours), (second, theirs), seeds=range(3))
+    reference = through_a_file(first.state_dict(remote=True, name="three"))
+    assert reference["state"] == {}
+    kept = [param.detach().clone() for param in ours]
+    first.param_groups[0]["lr"] = 0.7
+    train((first, ours), seeds=range(3, 6))
+    first.load_state_dict(reference)
+    assert first.param_groups[0]["lr"] == 0.1
+    for param, before in zip(ours, kept, strict=True):
+        assert torch.equal(param, before)
+    train((first, ours), (second, theirs), seeds=range(3, 6))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+    assert [one.name for one in first.session.checkpoints.list()] == ["three"]
+    with pytest.raises(ValueError, match="download"):
+        second.load_state_dict(reference)
+
+
+def test_durability_reaches_the_server(remote):
+    (params, _) = twins.twice()
+    optimizer = remote(params, durability="snapshot")
+    assert optimizer.session.info()["durability"] == "snapshot"

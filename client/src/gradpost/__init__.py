@@ -1,6 +1,7 @@
 """The client of gradpost: post gradients, get parameters."""
 
 from gradpost.answers import Buffer, State
+from gradpost.checkpoints import Checkpoint
 from gradpost.errors import (
     CertificateError,
     ClosedError,
@@ -25,6 +26,7 @@ __all__ = [
     "Attempt",
     "Buffer",
     "CertificateError",
+    "Checkpoint",
     "ClosedError",
     "DeadlineExceeded",
     "EpochChanged",

@@ -202,6 +202,18 @@ class SessionUnknown(RefusedError):
     slug = "session-unknown"
 
 
+class WorkerUnknown(RefusedError):
+    """No such worker."""
+
+    slug = "worker-unknown"
+
+
+class CheckpointUnknown(RefusedError):
+    """No such checkpoint."""
+
+    slug = "checkpoint-unknown"
+
+
 class NotFound(RefusedError):
     """No such resource."""
 
@@ -298,6 +310,18 @@ class DeviceUnavailable(RefusedError):
     slug = "device-unavailable"
 
 
+class DataDirMissing(RefusedError):
+    """The server has no data folder."""
+
+    slug = "data-dir-missing"
+
+
+class CheckpointExists(RefusedError):
+    """Another checkpoint has this name."""
+
+    slug = "checkpoint-exists"
+
+
 class SessionGone(RefusedError):
     """The session was deleted."""
 
@@ -388,6 +412,12 @@ class Overloaded(RefusedError):
     slug = "overloaded"
 
 
+class LogFull(RefusedError):
+    """The log is full until the next snapshot."""
+
+    slug = "log-full"
+
+
 class Internal(RefusedError):
     """Unexpected failure."""
 
@@ -398,6 +428,24 @@ class ShuttingDown(RefusedError):
     """Shutting down."""
 
     slug = "shutting-down"
+
+
+class Recovering(RefusedError):
+    """The session is being recovered."""
+
+    slug = "recovering"
+
+
+class SessionDamaged(RefusedError):
+    """The session is damaged on the disk."""
+
+    slug = "session-damaged"
+
+
+class DiskFull(RefusedError):
+    """The disk is full."""
+
+    slug = "disk-full"
 
 
 class InsufficientMemory(RefusedError):

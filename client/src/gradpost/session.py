@@ -23,6 +23,7 @@ from gradpost.answers import (
     tensors_of,
 )
 from gradpost.calls import Calls, members, path_of
+from gradpost.checkpoints import Checkpoints
 from gradpost.errors import (
     ClosedError,
     DeadlineExceeded,
@@ -73,6 +74,7 @@ class Session:
         attached: True if `create` found the session there; its parameters are then not yours.
         version: (epoch, version) of the parameters pulled last, or that this object's last upload
             resulted in; gradients count as computed there. None before that.
+        checkpoints: Files on the server with parameters and state: make, download, restore.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Session:
         self._thread: ThreadPoolExecutor | None = None
         self._admitted = threading.local()
         self._closed = False
+        self.checkpoints = Checkpoints(id, self._document, self._request, self._replace)
 
     @classmethod
     def create(
@@ -121,6 +124,8 @@ class Session:
         ema: Mapping[str, Any] | None = None,
         norms: bool | None = None,
         missing: str | None = None,
+        durability: str | None = None,
+        log_slots: int | None = None,
         api_key: str | None = None,
         worker: str | None = None,
         policy: RetryPolicy | None = None,
@@ -149,6 +154,8 @@ class Session:
             norms: Measure update_norm and param_norm too.
             missing: A push without some tensors is refused ("refuse", the default), or they stay
                 as they are ("skip").
+            durability: none, snapshot or log: what a crash of the server leaves.
+            log_slots: Pushes that the log holds between two snapshots.
             api_key: The server's key; the environment's GRADPOST_API_KEY where None.
             worker: A name for this trainer; a random part is appended.
             policy: Deadlines and retries.
@@ -168,6 +175,7 @@ class Session:
         stated = {
             "dtype": dtype, "update": update, "on_nonfinite": on_nonfinite, "groups": groups,
             "clip": clip, "schedule": schedule, "ema": ema, "norms": norms, "missing": missing,
+            "durability": durability, "log_slots": log_slots,
         }  # fmt: skip
         spec.update({name: value for name, value in stated.items() if value is not None})
         session = cls._open(
@@ -675,7 +683,23 @@ class Session:
     ) -> dict[str, Any]:
         return self._run(lambda timeout: self._calls.document(method, path, timeout, value, needs))
 
-    def _replace(self, what: str, body: Sequence[Part], *, first_only: bool = False) -> None:
+    def _request(
+        self, method: str, path: str, read: Callable[[Answer], T], headers: Mapping[str, str]
+    ) -> T:
+        return self._run(
+            lambda timeout: self._calls.send(method, path, read, timeout, headers=headers)
+        )
+
+    def _replace(
+        self,
+        what: str,
+        body: Sequence[Part],
+        *,
+        first_only: bool = False,
+        method: str = "PUT",
+        kind: str = SAFETENSORS,
+        query: Sequence[tuple[str, str]] = (),
+    ) -> None:
         """Uploads parameters or state, once, and takes the version that results."""
         seen: list[str | None] = [None]
 
@@ -688,9 +712,9 @@ class Session:
             return Base(*self._calls.send("GET", path_of(self.id), read, timeout))
 
         def put(condition: Mapping[str, str], timeout: float) -> Version:
-            headers = {**_BINARY, **condition}
-            path = path_of(self.id, what)
-            return self._calls.send("PUT", path, read, timeout, headers=headers, body=body)
+            headers = {"Content-Type": kind, **condition}
+            path = path_of(self.id, what, query=query)
+            return self._calls.send(method, path, read, timeout, headers=headers, body=body)
 
         if first_only:
             version = self._run(lambda timeout: put({"If-None-Match": "*"}, timeout))

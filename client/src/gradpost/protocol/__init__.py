@@ -20,15 +20,18 @@ REQUEST_ID = "X-Request-Id"
 PROBLEM_PREFIX = "/problems/"
 
 _FINAL = (
-    "bad-request invalid-json key-missing key-required key-wrong origin-refused session-unknown "
-    "not-found method-not-allowed not-acceptable spec-differs structural too-old worker-retired "
-    "epoch-changed version-unknown stale-gradient params-missing average-missing "
-    "device-unavailable session-gone length-required precondition-failed body-too-large "
-    "unsupported-media-type unsupported-encoding invalid-request not-supported-yet "
-    "invalid-tensors tensor-mismatch nonfinite key-reused too-many-workers insufficient-memory"
+    "bad-request invalid-json key-missing key-required key-wrong origin-refused "
+    "session-unknown worker-unknown checkpoint-unknown checkpoint-exists data-dir-missing "
+    "session-damaged disk-full not-found method-not-allowed not-acceptable spec-differs "
+    "structural too-old worker-retired epoch-changed version-unknown stale-gradient "
+    "params-missing average-missing device-unavailable session-gone length-required "
+    "precondition-failed body-too-large unsupported-media-type unsupported-encoding "
+    "invalid-request not-supported-yet invalid-tensors tensor-mismatch nonfinite key-reused "
+    "too-many-workers insufficient-memory"
 ).split()
 _RETRYABLE = (
-    "request-timeout in-flight version-pending too-many-sessions overloaded internal shutting-down"
+    "request-timeout in-flight version-pending too-many-sessions overloaded log-full internal "
+    "shutting-down recovering"
 ).split()
 
 PROBLEMS: Mapping[str, bool] = MappingProxyType(

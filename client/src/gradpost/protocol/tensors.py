@@ -13,6 +13,8 @@ from gradpost.protocol.dtypes import DTYPES
 MAX_HEADER_BYTES = 1 << 20
 MAX_NAME = 1024
 MAX_DIMS = 64  # NumPy's own limit
+_SIZES = {**DTYPES, "U8": 1}
+"""Bytes are no dtype of the wire; the server's own files have some."""
 _LIMIT = 1 << 63
 _PREFIX = 8
 _METADATA = "__metadata__"
@@ -41,18 +43,22 @@ class HeaderError(ValueError):
     """The header is broken; the message says what to do."""
 
 
-def header_length(first8: bytes) -> int:
+def header_length(first8: bytes, limit: int = MAX_HEADER_BYTES) -> int:
     """The length of the JSON from the first 8 bytes of a body.
 
+    Args:
+        first8: They.
+        limit: The longest that is let in.
+
     Raises:
-        HeaderError: Not 8 bytes, or not within 2 … MAX_HEADER_BYTES.
+        HeaderError: Not 8 bytes, or not within 2 … limit.
     """
     if len(first8) != _PREFIX:
         raise HeaderError("A safetensors body begins with 8 bytes of header length; send them.")
     length = int.from_bytes(first8, "little")
-    if not 2 <= length <= MAX_HEADER_BYTES:
+    if not 2 <= length <= limit:
         raise HeaderError(
-            f"The header length is {length}, but must lie from 2 to {MAX_HEADER_BYTES} bytes; "
+            f"The header length is {length}, but must lie from 2 to {limit} bytes; "
             "send the output of a safetensors library."
         )
     return length
@@ -85,13 +91,16 @@ def parse_header(
 
 
 def build_header(
-    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+    tensors: Iterable[tuple[str, str, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+    limit: int = MAX_HEADER_BYTES,
 ) -> bytes:
     """Writes the header of tensors that follow each other in the order given.
 
     Args:
         tensors: (name, dtype, shape) of each.
         metadata: Text under `__metadata__`.
+        limit: Bytes that the JSON may take.
 
     Returns:
         The 8 bytes of length and the JSON, padded so that the data begins at a multiple of 8.
@@ -106,14 +115,14 @@ def build_header(
         _check_name(name)
         if name in fields or name == _METADATA:
             raise HeaderError(f"The tensor name {name[:80]!r} is double or reserved; rename it.")
-        size = DTYPES[dtype]
+        size = _SIZES[dtype]
         for dim in shape:
             size *= dim
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + size]}
         begin += size
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
+    if len(text) > limit:
         raise HeaderError(f"The header would take {len(text)} bytes; split the tensors over calls.")
     return len(text).to_bytes(_PREFIX, "little") + text
 
@@ -199,7 +208,7 @@ def _tensor(name: str, entry: Any, allowed: Collection[str]) -> TensorInfo:
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
         raise HeaderError(f"data_offsets of {shown} must be two whole numbers, begin and end.")
-    size = DTYPES[dtype]
+    size = _SIZES[dtype]
     for dim in shape:
         size *= dim
     begin, end = offsets

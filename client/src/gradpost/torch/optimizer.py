@@ -24,6 +24,10 @@ _MOVED = (StaleGradient, EpochChanged, VersionUnknown)
 """The refusals that say: the model moved on, pull and compute again."""
 
 
+REMOTE = "gradpost_checkpoint"
+"""Where a state dict refers to a checkpoint on the server."""
+
+
 class RemoteOptimizer(torch.optim.Optimizer):
     """A drop-in for torch's optimizers that keeps state and parameters on a gradpost server.
 
@@ -53,6 +57,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         schedule: Of the learning rate, by the server; for a rate that param_groups leave as it was.
         ema: As {"decay": 0.999}.
         norms: Measure update_norm and param_norm too.
+        durability: none, snapshot or log: what a crash of the server leaves.
         on_refused: "drop": a gradient for a model that has moved on is dropped, the new parameters
             are pulled, and the first time there is a warning; "raise": the refusal is raised.
         unscale: Who divides gradients that a GradScaler has multiplied: the "server" (default), in
@@ -84,6 +89,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         schedule: Mapping[str, Any] | None = None,
         ema: Mapping[str, Any] | None = None,
         norms: bool | None = None,
+        durability: str | None = None,
         on_refused: str = "drop",
         unscale: str = "server",
         api_key: str | None = None,
@@ -119,8 +125,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             url, id, params=arrays(self._groups.entries), dtype=self._master,
             optimizer=self._groups.stated[0], groups=self._groups.spec() or None, update=update,
             on_nonfinite=on_nonfinite, clip=clip, schedule=schedule, ema=ema,
-            norms=norms, missing="skip", api_key=api_key, worker=worker, policy=policy, seed=seed,
-            proxy=proxy, ca_certs=ca_certs,
+            norms=norms, missing="skip", durability=durability, api_key=api_key, worker=worker,
+            policy=policy, seed=seed, proxy=proxy, ca_certs=ca_certs,
         )  # fmt: skip
         self._link = Link(self.session, self._groups, self._master)
         try:
@@ -312,13 +318,24 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     # Checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override, unused-ignore]  # torch's takes no arguments
+        self, *, remote: bool = False, name: str | None = None
+    ) -> dict[str, Any]:
         """The state in torch's structure, fetched from the server; its tensors are on the CPU.
 
         torch's optimizer of this rule loads it, and `load_state_dict` does. With `ema` there is an
         `ema` beside the arrays of each parameter.
+
+        Args:
+            remote: Make a checkpoint on the server instead, parameters included, and return its
+                reference: only a `load_state_dict` on this session takes it.
+            name: Of that checkpoint; None for one that tells step and version.
         """
         self.synchronize()
+        if remote:
+            made = self.session.checkpoints.make(name)
+            groups: dict[str, Any] = super().state_dict()
+            return {**groups, REMOTE: {"session": self.session.id, "checkpoint": made.name}}
         each = self._groups.rules(self.param_groups)
         now = self.session.state()
         found = to_torch(now, self._groups.entries, each, steps=self._scheduled)
@@ -336,12 +353,20 @@ class RemoteOptimizer(torch.optim.Optimizer):
         already is not sent, and begins none.
 
         Args:
-            state_dict: Of this optimizer, or of torch's optimizer of this rule.
+            state_dict: Of this optimizer, or of torch's optimizer of this rule. One that
+                `state_dict(remote=True)` made restores the checkpoint that it names, parameters
+                included.
 
         Raises:
             ValueError: It does not fit; then nothing was changed.
         """
         self.synchronize()
+        reference = state_dict.get(REMOTE)
+        if reference is not None and reference["session"] != self.session.id:
+            raise ValueError(
+                f"The checkpoint is one of session {reference['session']!r}, and this is "
+                f"{self.session.id!r}; download it there and restore the file here."
+            )
         before, taken = self.param_groups, {}
 
         def take(_: object, found: dict[str, Any]) -> dict[str, Any]:
@@ -369,6 +394,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         own = by_param(self.param_groups, saved)
         each, hyper = self._groups.rules(self.param_groups), self._groups.hyper()
+        reference = saved.get(REMOTE)
+        if reference is not None:
+            self.session.checkpoints.restore(reference["checkpoint"])
+            self._link.settle(self._link.mirror.at, closely=True)
+            self._link.pull()
+            return
         now = self.session.state()
         wanted = from_torch(now, own, self._groups.entries, each, hyper, self._master)
         if not same(wanted, now):  # accelerate loads what it has fetched a moment before

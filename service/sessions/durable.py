@@ -1,0 +1,359 @@
+"""What a session keeps on the disk: its journal, and when a snapshot is made.
+
+`snapshot` and `log` differ in one thing: a session that logs writes each change into its ring
+before it answers. In the epoch that the index names a recovery goes on: of a session that logs the
+present one, for nothing is lost; of the other the next one, unless a stop has left all in order.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from uuid import UUID
+
+from gradpost.protocol.dtypes import DTYPES
+from kernels import revision
+from kernels.pool import Waits
+from service.errors import DiskFull, InvalidRequest, LogFull, ServiceError
+from service.sessions import image
+from service.sessions.arena import Arena
+from service.sessions.disk import Disk
+from service.sessions.image import Image, Standing
+from service.sessions.lane import Program
+from service.sessions.records import Push, largest_push, pack_push
+from service.storage.header import META_BYTES, NO_DIGEST, Key, Kind, Shape
+from service.storage.journal import Journal
+from service.storage.ring import Slot
+
+if TYPE_CHECKING:
+    from service.sessions.session import Session
+
+T = TypeVar("T")
+PAGES = 64
+"""Records without payload that a ring holds: patches."""
+EXTRA = 65_536
+"""Bytes beside the gradient in a slot, for long overrides and many stretches."""
+IN_META, IN_PAYLOAD = b"\0", b"\1"
+PAUSE_S = 5.0
+"""Before a snapshot that found no room is tried again."""
+
+
+class _Captured(NamedTuple):
+    """A copy of a session, and the last record that it holds."""
+
+    image: Image
+    number: int
+    mark: object
+
+
+def shape_of(session: "Session", arena: Arena) -> Shape:
+    """The ring of a session: slots for its widest gradient and the numbers of the push."""
+    entries = len(arena.layout.entries)
+    widest = arena.size * DTYPES[session.spec.dtype]
+    capacity = widest + largest_push(entries) + EXTRA
+    return Shape(session.spec.log_slots, capacity, PAGES)
+
+
+class Durable:
+    """The durable side of one session. Used on the event loop, or in the session's lane.
+
+    Args:
+        session: Whose.
+        disk: Where.
+        journal: Its files.
+    """
+
+    def __init__(self, session: "Session", disk: Disk, journal: Journal) -> None:
+        self._session = session
+        self._disk = disk
+        self.journal = journal
+        self.guarded: Callable[[Callable[[], Any]], Callable[[], Any]] = disk.guarded
+        self._task: asyncio.Task[bool] | None = None
+        self._saved: object = None
+        self.saved_at = time.monotonic()
+        self.trouble: str | None = None
+        """Why the last snapshot could not be made; None if it could."""
+
+    @classmethod
+    async def create(cls, session: "Session", disk: Disk) -> "Durable":
+        """Makes the files of a session that has no parameters yet.
+
+        Raises:
+            DiskFull: There is no room for them.
+        """
+        rules = (one.optimizer.rule for one in session.terms)
+        kernel_rev = revision.of(rules)
+        empty = image.of(session, Standing.of(session), kernel_rev)
+        logs = session.spec.durability == "log"
+        create = partial(
+            disk.store.create,
+            session.id,
+            uuid=UUID(session.incarnation),
+            epoch=session.epoch if logs else session.epoch + 1,
+            spec=json.dumps(image.stated(session.spec)),
+            kernel_rev=kernel_rev,
+            chunks=empty.chunks(),
+            reserved=cls.image_bytes(empty),
+            shape=None,
+        )
+        return cls(session, disk, await disk.run(create))
+
+    @property
+    def kernel_rev(self) -> str:
+        """Of the kernels that the session's rules run."""
+        return revision.of(one.optimizer.rule for one in self._session.terms)
+
+    @property
+    def logs(self) -> bool:
+        """Whether a change is durable before it is answered."""
+        return self._session.spec.durability == "log"
+
+    @property
+    def disk_bytes(self) -> int:
+        """What is reserved on the disk: two snapshots, and the ring."""
+        ring = self.journal.ring
+        return 2 * self.journal.row.reserved + (0 if ring is None else ring.shape.size)
+
+    def _epoch(self, epoch: int, *, final: bool = False) -> int:
+        """In which a recovery goes on from a snapshot of this epoch."""
+        return epoch if self.logs or final else epoch + 1
+
+    def begin(self) -> None:
+        """Says before anything is promised in which epoch the next recovery goes on."""
+        self._disk.guarded(
+            partial(self.journal.begin, self._epoch(self._session.epoch), self.kernel_rev)
+        )()
+        self._saved = self._mark()
+
+    # Records
+
+    def reserve(self) -> Slot | None:
+        """A place for a push; None if the log is full."""
+        return self.journal.reserve(payload=True)
+
+    def seal(self, slot: Slot, push: Push) -> None:
+        """Puts all of a push but its gradient, which the slot has, into a record.
+
+        Raises:
+            InvalidRequest: Its overrides are longer than a slot has room for.
+        """
+        key = None
+        if push.worker is not None and push.sequence is not None:
+            key = Key(push.worker, push.sequence)
+        kind = Kind.PUSH if push.skipped is None else Kind.SKIP
+        facts = pack_push(push)
+        meta, tail = IN_META + facts, b""
+        if len(meta) > META_BYTES:
+            meta, tail = IN_PAYLOAD + len(facts).to_bytes(4, "little"), facts
+        if len(tail) > slot.room:
+            raise InvalidRequest(
+                f"The overrides of this push take more than the {EXTRA} bytes that a log has for "
+                "them; send fewer, or PATCH the session.",
+                errors=[{"field": "overrides", "message": "Too long for a session that logs."}],
+            )
+        seal = partial(
+            slot.seal, kind, key=key, digest=push.digest or NO_DIGEST, meta=meta, payload=tail
+        )
+        self.guarded(seal)()
+
+    def commit(self, slots: Sequence[Slot]) -> None:
+        """Makes sealed records durable; waits for the disk."""
+        self.journal.commit(slots)
+
+    def record(self, kind: Kind, facts: dict[str, Any]) -> Program[bool]:
+        """Logs a change without payload; False if there is no log yet, or it fits no record.
+
+        Raises:
+            LogFull: The log has no place for it.
+        """
+        text = json.dumps(facts, separators=(",", ":")).encode()
+        if self.journal.ring is None or len(text) > META_BYTES:
+            return False
+        slot = self.journal.reserve(payload=False)
+        if slot is None:
+            raise self.full()
+        try:
+            self.guarded(partial(slot.seal, kind, meta=text))()
+        except BaseException:
+            slot.release()
+            raise
+        yield Waits([self.guarded(partial(self.journal.commit, [slot]))])
+        return True
+
+    def full(self) -> LogFull:
+        """The refusal of what finds no place in the log."""
+        why = f" ({self.trouble})" if self.trouble else ""
+        return LogFull(
+            f"The log of session {self._session.id!r} is full and no snapshot could free a part of "
+            f"it yet{why}. Send the same request again; if this goes on, make room on the disk.",
+            retry_after_s=1,
+            log_slots=self._session.spec.log_slots,
+        )
+
+    # Whole states
+
+    def replace(self, standing: Standing, *, grown: bool) -> Program[None]:
+        """Commits a change that makes a new state of the whole, before it is published.
+
+        Args:
+            standing: What the session will be.
+            grown: Whether the arrays are new ones, for which room is reserved now.
+
+        Raises:
+            DiskFull: Nothing has changed.
+        """
+        session, arena = self._session, standing.arena
+        made = image.of(session, standing, self.kernel_rev)
+        reserved = self.image_bytes(made) if grown else None
+        shape = shape_of(session, arena) if grown and self.logs and arena is not None else None
+        commit = partial(
+            self.journal.replace,
+            made.chunks(),
+            epoch=self._epoch(standing.at.epoch),
+            kernel_rev=self.kernel_rev,
+            shape=shape,
+            reserved=reserved,
+        )
+        yield Waits([self.guarded(commit)])
+        self._saved = standing.at, standing.revision, session.history.count
+        self.saved_at = time.monotonic()
+
+    @staticmethod
+    def image_bytes(made: Image) -> int:
+        """What a snapshot may come to take: its arrays, and a ledger and header that grow."""
+        return sum(array.nbytes for array in made.arrays) + 400 * len(made.rows) + (2 << 20)
+
+    # Snapshots
+
+    def _mark(self) -> object:
+        """Changes whenever something that a snapshot holds has."""
+        session = self._session
+        return session.at, session.revision, session.history.count
+
+    @property
+    def is_due(self) -> bool:
+        """Whether anything happened since the last snapshot."""
+        if self.logs:
+            return self.journal.last > self.journal.row.number
+        return self._mark() != self._saved
+
+    def is_half_full(self) -> bool:
+        """Whether half of the ring waits for a snapshot."""
+        ring = self.journal.ring
+        if ring is None:
+            return False
+        pages, slots = ring.free()
+        return 2 * slots <= ring.shape.slots or 2 * pages <= ring.shape.records
+
+    def make_room(self) -> None:
+        """Sees to it that a snapshot frees places of the log, and lets waiting pushes go on."""
+        if self._task is None:
+            if self.trouble is not None and time.monotonic() - self.saved_at < PAUSE_S:
+                self._go_on(None)
+                return
+            self._begin()
+        assert self._task is not None
+        self._task.add_done_callback(self._go_on)
+
+    def _go_on(self, task: object) -> None:
+        queue, ring = self._session.queue, self.journal.ring
+        if ring is not None and ring.free()[1]:
+            queue.start()
+        else:
+            queue.refuse(self.full())
+
+    def _begin(self, *, final: bool = False) -> "asyncio.Task[bool]":
+        task = asyncio.create_task(self._snapshot(final=final))
+        self._task = task
+
+        def ended(task: "asyncio.Task[bool]") -> None:
+            self._task = None
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._disk.log.error(
+                    "a snapshot failed unexpectedly", session=self._session.id, exc_info=error
+                )
+
+        task.add_done_callback(ended)
+        return task
+
+    async def snapshot(self, *, final: bool = False) -> bool:
+        """Makes a snapshot beside the steps; False if it could not be.
+
+        Args:
+            final: The server stops in order, and nothing comes after it.
+        """
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        task = self._task or self._begin(final=final)
+        return await asyncio.shield(task)
+
+    async def _snapshot(self, *, final: bool) -> bool:
+        session = self._session
+        try:
+            captured = await self._capture()
+            if captured is None:
+                return True
+            write = partial(
+                self.journal.snapshot,
+                captured.number,
+                captured.image.chunks(),
+                epoch=self._epoch(captured.image.facts.epoch, final=final),
+                kernel_rev=self.kernel_rev,
+            )
+            if await self._disk.run(write):
+                self._saved = captured.mark
+        except DiskFull as error:
+            if self.trouble is None:
+                self._disk.log.warning(
+                    "no room for a snapshot", session=session.id, error=error.detail
+                )
+            self.trouble, self.saved_at = error.detail, time.monotonic()
+            return False
+        except ServiceError:  # the session was deleted, or the pool is closed
+            return False
+        self.trouble, self.saved_at = None, time.monotonic()
+        return True
+
+    async def _capture(self) -> _Captured | None:
+        """A copy of all arrays, made in the lane into pages that are there already."""
+        session = self._session
+        if session.deleted or session.broken is not None:
+            return None
+        arena = session.arena
+        like = () if arena is None else image.arrays(arena, arena.versions.head.flat)
+        into = await self._disk.run(partial(image.buffers, like))
+
+        def program() -> Program[_Captured | None]:
+            if session.deleted or session.broken is not None or session.arena is not arena:
+                return None
+            made = image.of(session, Standing.of(session), self.kernel_rev)
+            number = self.journal.last if self.logs else self.journal.last + 1
+            mark = self._mark()
+            return _Captured((yield from image.copied(made, into)), number, mark)
+
+        return await session.lane.run(program())
+
+    # The end
+
+    async def finish(self) -> None:
+        """Leaves all in order for the next start, which then has nothing to apply again."""
+        session = self._session
+        if session.broken is not None:
+            return
+        if self.is_due:
+            await self.snapshot(final=True)
+        elif not self.logs:
+            epoch = self._epoch(session.epoch, final=True)
+            await self._disk.run(partial(self.journal.begin, epoch, self.kernel_rev))
+
+    async def delete(self, epoch: int) -> None:
+        """Ends the session on the disk."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        await self._disk.run(partial(self.journal.delete, epoch))
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        self.journal.close()
