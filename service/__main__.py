@@ -4,7 +4,9 @@ import argparse
 import ctypes
 import dataclasses
 import http.client
+import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -27,6 +29,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # A kernel that waits for the GIL beside a busy thread waits this long at most; Python's own
 # 5 ms is many times a small step.
 _SWITCH_INTERVAL_S = 0.0005
+_BACKUP_S = 3600.0
+"""Seconds that a server may take over a backup."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("rules", nargs="*", help="rules; all if none is named")
     check = commands.add_parser("check", help="examine a data folder that no server holds")
     check.add_argument("--session", help="only the session of this id")
-    backup = commands.add_parser("backup", help="copy a data folder that no server holds")
+    backup = commands.add_parser("backup", help="copy a data folder, of a server that runs too")
     backup.add_argument("--to", type=Path, required=True, help="a folder that is to be made")
     forget = commands.add_parser("forget", help="give up a session that is damaged")
     forget.add_argument("--session", required=True, help="its id")
@@ -249,14 +253,17 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def _connection(settings: Settings, timeout_s: float) -> http.client.HTTPConnection:
+    """To the server that these settings describe."""
+    if settings.uds:
+        return _UnixConnection(settings.uds, timeout_s)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return http.client.HTTPConnection(host, settings.port, timeout=timeout_s)
+
+
 def health(settings: Settings) -> int:
     """0 if the server that these settings describe is ready, else 1 and why, on stderr."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    connection = (
-        _UnixConnection(settings.uds, timeout=3.0)
-        if settings.uds
-        else http.client.HTTPConnection(host, settings.port, timeout=3.0)
-    )
+    connection = _connection(settings, 3.0)
     try:
         connection.request("GET", "/health/ready")
         answer = connection.getresponse()
@@ -279,9 +286,50 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _backup(options: argparse.Namespace) -> int:
-    from service.storage import offline
+    from service.storage import lock, offline
 
+    if lock.is_held(options.data_dir):
+        return _live_backup(options.data_dir, options.to)
     return offline.backup(options.data_dir, options.to)
+
+
+def _live_backup(path: Path, to: Path) -> int:
+    """Has the server that holds the folder make the copy, and moves it where it is wanted."""
+    if to.exists() or not to.absolute().parent.is_dir():
+        print(f"{to} exists already, or there is no folder for it.", file=sys.stderr)
+        return 2
+    settings = Settings()
+    key = settings.api_key
+    headers = {} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"}
+    connection = _connection(settings, _BACKUP_S)
+    try:
+        connection.request("POST", "/v1/server/backup", headers=headers)
+        answer = connection.getresponse()
+        found = json.loads(answer.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        print(
+            f"{path} is held by a server, and the one at GRADPOST_HOST and GRADPOST_PORT (or "
+            f"GRADPOST_UDS) does not answer: {error}",
+            file=sys.stderr,
+        )
+        return 2
+    finally:
+        connection.close()
+    if answer.status != 201:
+        print(found.get("detail", found), file=sys.stderr)
+        return 2
+    ours = path.resolve()
+    if Path(found["folder"]).parent != ours.with_name(f"{ours.name}-backups"):
+        print(
+            f"The server holds another folder than {path}; its copy is {found['folder']}.",
+            file=sys.stderr,
+        )
+        return 2
+    shutil.move(found["folder"], to)
+    for one in found["damaged"]:
+        print(f"{one['session']}: {one['what']} ({one['where']})")
+    print(f"{to} is a backup of {path}: {found['bytes']} bytes, {found['sessions']} sessions.")
+    return 1 if found["damaged"] else 0
 
 
 def _forget(options: argparse.Namespace) -> int:

@@ -10,13 +10,13 @@ ServiceError
 ├── 406  NotAcceptable                       408  RequestTimeout (retry)
 ├── 409  SpecDiffers  Structural  InFlight (retry)  TooOld  WorkerRetired  EpochChanged
 │        VersionUnknown  VersionPending (retry)  StaleGradient  ParamsMissing  AverageMissing
-│        DeviceUnavailable  DataDirMissing  CheckpointExists
+│        DeviceUnavailable  DataDirMissing  CheckpointExists  BackupRefused
 ├── 410  SessionGone                         411  LengthRequired
 ├── 412  PreconditionFailed                  413  BodyTooLarge
 ├── 415  UnsupportedMediaType  UnsupportedEncoding
 ├── 422  InvalidRequest  NotSupportedYet  InvalidTensors  TensorMismatch  Nonfinite  KeyReused
 ├── 429  TooManySessions (retry)  TooManyWorkers  Overloaded (retry)  LogFull (retry)
-├── 500  Internal (retry)
+├── 500  Internal (retry)  BackupFailed
 ├── 503  ShuttingDown (retry)  Recovering (retry)  SessionDamaged
 └── 507  InsufficientMemory  DiskFull
 ```
@@ -319,6 +319,15 @@ class CheckpointExists(ServiceError):
     retryable = False
 
 
+class BackupRefused(ServiceError):
+    """No backup can be made now or there."""
+
+    slug = "backup-refused"
+    status = 409
+    title = "No backup can be made now or there"
+    retryable = False
+
+
 class SessionGone(ServiceError):
     """The session was deleted."""
 
@@ -496,6 +505,15 @@ class SessionDamaged(ServiceError):
     slug = "session-damaged"
     status = 503
     title = "The session is damaged on the disk"
+    retryable = False
+
+
+class BackupFailed(ServiceError):
+    """The backup could not be written."""
+
+    slug = "backup-failed"
+    status = 500
+    title = "The backup could not be written"
     retryable = False
 
 

@@ -1,5 +1,7 @@
 """What this server is and what it bounds."""
 
+import time
+import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -7,8 +9,11 @@ from starlette.responses import JSONResponse
 
 from gradpost.protocol import JSON, OCTET, SAFETENSORS
 from kernels.registry import RULES
+from service.errors import DataDirMissing
 from service.limits import table
-from service.routes.documents import refusals
+from service.routes import reading
+from service.routes.documents import BODY, body, refusals
+from service.schemas import BackupInfo, check_checkpoint
 
 router = APIRouter(tags=["server"])
 
@@ -47,3 +52,45 @@ def describe(state: Any) -> dict[str, Any]:
 async def server(request: Request) -> JSONResponse:
     """Everything a client can ask before it makes a session."""
     return JSONResponse(describe(request.app.state))
+
+
+@router.post(
+    "/v1/server/backup",
+    summary="Copy the data folder while training goes on",
+    status_code=201,
+    responses={
+        201: {"model": BackupInfo, "description": "Made, and durable."},
+        **refusals(
+            *BODY, "invalid-json", "data-dir-missing", "backup-refused", "backup-failed",
+            "disk-full",
+        ),
+    },
+    openapi_extra=body(
+        {"type": "object", "properties": {"name": {"type": "string"}}},
+        tensors=False,
+        required=False,
+    ),
+)  # fmt: skip
+async def backup(request: Request) -> JSONResponse:
+    """A data folder of its own, in `<data folder>-backups`, beside the server's."""
+    disk = request.app.state.sessions.shared.disk
+    if disk is None:
+        raise DataDirMissing(
+            "The server has no data folder, so there is nothing to back up; start it with "
+            "GRADPOST_DATA_DIR."
+        )
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    if request.headers.get("content-length", "0") != "0":
+        fields = reading.checked_fields(await reading.document(request), ("name",))
+        name = check_checkpoint(fields.get("name", name))
+    to, made = await disk.backup(name)
+    return JSONResponse(
+        {
+            "folder": str(to),
+            "bytes": made.size,
+            "sessions": len(made.sessions),
+            "checkpoints": made.checkpoints,
+            "damaged": [one._asdict() for one in made.damaged],
+        },
+        status_code=201,
+    )

@@ -1,6 +1,7 @@
 """Pydantic requests and answers; hyperparameters are in `service.hyper`."""
 
 from service.schemas.answers import (
+    BackupInfo,
     CheckpointInfo,
     CheckpointList,
     HistoryAnswer,
@@ -40,6 +41,7 @@ from service.schemas.spec import (
 
 __all__ = [
     "DEFAULT",
+    "BackupInfo",
     "CheckpointInfo",
     "CheckpointList",
     "CreateSession",

@@ -77,6 +77,16 @@ class CheckpointList(BaseModel):
     checkpoints: list[CheckpointInfo]
 
 
+class BackupInfo(BaseModel):
+    """A copy of the data folder."""
+
+    folder: str = Field(description="On the server's machine.")
+    bytes: int
+    sessions: int
+    checkpoints: int
+    damaged: list[dict[str, str]] = Field(description="What is damaged there as it is here.")
+
+
 class LayoutEntry(BaseModel):
     """One tensor of a session."""
 

@@ -10,8 +10,9 @@ from typing import NoReturn, TypeVar
 
 import structlog
 
-from service.errors import DiskFull
-from service.storage.failures import NoSpace, StorageFailure
+from service.errors import BackupFailed, BackupRefused, DiskFull
+from service.storage.backup import Backup
+from service.storage.failures import CopyFailed, NoSpace, Refused, StorageFailure
 from service.storage.files import Files
 from service.storage.store import Store
 
@@ -71,8 +72,8 @@ class Disk:
                 return work()
             except NoSpace as error:
                 raise DiskFull(
-                    f"The disk of the data folder is full ({error}); nothing was changed. Make "
-                    "room, then send the same request again."
+                    f"The disk is full ({error}); nothing was changed. Make room, then send the "
+                    "same request again."
                 ) from error
             except StorageFailure as error:
                 self.fail(error)
@@ -87,6 +88,33 @@ class Disk:
             data_dir=str(self.path),
         )
         os._exit(EXIT)
+
+    async def backup(self, name: str) -> tuple[Path, Backup]:
+        """Makes a copy of the data folder, beside it, while the sessions go on.
+
+        Args:
+            name: Of the copy's folder, in `<data folder>-backups`; there is none of this name.
+
+        Raises:
+            BackupRefused: There is one, or one is being made, or the recovery is not over.
+            BackupFailed: It could not be written; nothing is left.
+            DiskFull: There was no room; nothing is left.
+        """
+        folder = self.path.resolve()
+        to = folder.with_name(f"{folder.name}-backups") / name
+
+        def make() -> Backup:
+            to.parent.mkdir(mode=0o700, exist_ok=True)
+            return self.store.backup(to)
+
+        try:
+            return to, await self.run(make)
+        except Refused as error:
+            raise BackupRefused(str(error), folder=str(to)) from error
+        except (CopyFailed, OSError) as error:
+            raise BackupFailed(
+                f"The backup could not be made and nothing is left of it: {error}", folder=str(to)
+            ) from error
 
     def _flush(self) -> None:
         """Writes the witnesses of committed records, many at a time."""
@@ -105,6 +133,7 @@ class Disk:
 
     def close(self) -> None:
         """Ends the threads, writes what waits, lets go of the folder; journals are closed."""
+        self.store.end_backup()
         self._stopped.set()
         self._flusher.join()
         self._threads.shutdown()

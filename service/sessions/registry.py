@@ -231,9 +231,11 @@ class Sessions:
         return [self._alive[name] for name in chosen], more
 
     def dismiss(self) -> None:
-        """Ends every wait for a version, so that long polls do not hold up a stop."""
+        """Ends every wait for a version and a backup, so that they do not hold up a stop."""
         for session in self._alive.values():
             session.dismiss()
+        if self.shared.disk is not None:
+            self.shared.disk.store.end_backup()
 
     async def drain(self) -> None:
         """Returns when no lane has work."""

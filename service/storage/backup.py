@@ -335,9 +335,17 @@ def _header(files: Files, fd: int, offset: int) -> Header | Page:
         return Page.TORN
 
 
+def _later(row: SessionRow) -> SessionRow:
+    """A row whose session goes on in the next epoch: the one that was copied has gone on in this.
+
+    Else a gradient of steps that the copy does not have could pass for one of its own.
+    """
+    return row._replace(epoch=row.epoch + 1) if row.state == ALIVE else row
+
+
 def _rows(there: Members, copied: dict[str, _Copied]) -> Rows:
     """The rows of the copy: of the moments of the sessions, and as they were of all else."""
-    sessions: list[tuple[Any, ...]] = [sealed(one.row) for one in copied.values()]
+    sessions: list[tuple[Any, ...]] = [sealed(_later(one.row)) for one in copied.values()]
     sessions += [values for values in there.rows.sessions if values[0] not in copied]
     records: list[tuple[Any, ...]] = [sealed(row) for one in copied.values() for row in one.seen]
     records += [values for values in there.rows.records if values[0] not in there.journals]

@@ -53,6 +53,15 @@ def held(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds a data folder; False also if it is none."""
+    try:
+        with held(path):
+            return False
+    except Refused:
+        return (path / _LOCK).exists()
+
+
 class Lock:
     """The hold of this process on a data folder, until `release`. The kernel ends it at exit.
 

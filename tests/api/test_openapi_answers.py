@@ -134,6 +134,7 @@ CASES = [
     *bodies("POST", RESTORE),
     Case("invalid-request", "POST", CHECKPOINTS, body={"name": "/"}),
     Case("precondition-failed", "POST", RESTORE, body={}, headers={"if_match": '"1-9"'}),
+    Case("data-dir-missing", "POST", "/v1/server/backup"),
     *sessions("GET", HISTORY),
     Case("invalid-request", "GET", HISTORY, query="?limit=x"),
     Case("bad-request", "GET", HISTORY, query="?limit=1&limit=2"),

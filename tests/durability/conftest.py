@@ -109,3 +109,10 @@ def start(scratch):
     yield make
     for server in begun:
         server.close()
+
+
+@pytest.fixture
+def api_without_folder():
+    api = Api(Settings(log_level="error"))
+    yield api
+    api.transport.close()

@@ -199,15 +199,5 @@ def test_without_a_folder_there_are_none(api_without_folder):
         check_problem(reply, 409, "data-dir-missing")
 
 
-@pytest.fixture
-def api_without_folder():
-    from service.settings import Settings
-    from tests.api.conftest import Api
-
-    api = Api(Settings(log_level="error"))
-    yield api
-    api.transport.close()
-
-
 assert set(RULES) >= {rule for rule, _ in CASES}
 assert MATRIX["w"] == PARAMS["w"]

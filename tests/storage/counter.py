@@ -134,6 +134,8 @@ class Promise:
     """What may be there by incarnation and name; None: nothing."""
     backups: dict = field(default_factory=dict)
     """By name the promise that a backup is to keep, and whether it was acknowledged."""
+    later: int = 0
+    """Epochs by which those of a backup are above the ones that were copied."""
 
     def check(self, recovery):
         """Compares, and then takes what came back for promised: it is what readers see now."""
@@ -151,6 +153,7 @@ class Promise:
                 raise Loss(f"the tombstone of {name} is lost")
         if unknown := set(recovery.sessions) - set(self.sessions):
             raise Loss(f"{unknown} came back")
+        self.later = 0
 
     def _check_gone(self, name, told, recovery):
         if told.alive and not told.ending:
@@ -168,8 +171,9 @@ class Promise:
             raise Loss(f"{name}: {told.acknowledged} were promised, {state.number} came back")
         if state.number > len(told.attempts) or state != told.state(state.number):
             raise Loss(f"{name}: what came back at {state.number} never was")
-        if found.row.epoch != told.epoch or found.journal.last != state.number:
+        if found.row.epoch != told.epoch + self.later or found.journal.last != state.number:
             raise Loss(f"{name}: epoch or number differ")
+        told.epoch = found.row.epoch
         given_up = told.attempts[state.number :]
         self.unsettled.setdefault(name, []).extend(one for one in given_up if one.key)
         told.attempts = told.attempts[: state.number]
@@ -209,6 +213,7 @@ def restored(path, promise, then=lambda server: None):
     """Starts the application on a copy of a backup."""
     with Scratch() as root:
         shutil.copytree(path, root / "data")
+        promise.later = 1
         server = Server(None, root / "data", promise, seeded("restored"))
         then(server)
         server.close()

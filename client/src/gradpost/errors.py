@@ -322,6 +322,12 @@ class CheckpointExists(RefusedError):
     slug = "checkpoint-exists"
 
 
+class BackupRefused(RefusedError):
+    """No backup can be made now or there."""
+
+    slug = "backup-refused"
+
+
 class SessionGone(RefusedError):
     """The session was deleted."""
 
@@ -440,6 +446,12 @@ class SessionDamaged(RefusedError):
     """The session is damaged on the disk."""
 
     slug = "session-damaged"
+
+
+class BackupFailed(RefusedError):
+    """The backup could not be written."""
+
+    slug = "backup-failed"
 
 
 class DiskFull(RefusedError):
