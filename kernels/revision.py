@@ -1,7 +1,7 @@
 """Whether two servers compute the same bits: what a log that is replayed is bound to.
 
-A change of these digests makes logs written before it unreplayable, so it is a change that users
-hear of. `kernels.digests` says what is digested; ``make renew-digests`` writes the table.
+A change of these digests makes logs written before it unreplayable under that rule, so it is a
+change that users hear of. `kernels.digests` says what is digested; ``make renew-digests`` writes the table.
 """
 
 import hashlib
@@ -59,28 +59,40 @@ DIGESTS: Final[Mapping[str, str]] = {
     "convert": "722323e22315b165",
     "average": "684c11e86cd17706",
 }
-"""Rows by the name of a scalar function, with `` others`` for the loops that few tests compile, of
-a rule per tensor, or of another thing that a replay runs."""
+"""By the name of a scalar function or of a rule per tensor, and of the rest that a replay runs. A
+scalar function has two rows: what every test run compiles of it, and its other loops."""
 
-REVISION: Final = hashlib.sha256(
-    "".join(f"{name} {digest}\n" for name, digest in sorted(DIGESTS.items())).encode()
-).hexdigest()[:16]
-"""Of the whole table."""
-
+_EVERY: Final = ("convert", "average")
+"""What a replay runs under any rule."""
+_FUNCTIONS: Final = {"adamw": "adam"}
+"""Rules that run the function of another one."""
 _SHAPES: Final = ((3, 5), (17, 64), (64, 64), (130, 33), (48, 1200), (1200, 48), (300, 301))
 
 
 def of(rules: Iterable[str]) -> str:
     """The revision of what sessions under these rules run.
 
-    Two servers that give the same string compute the same bits. The matrix products of muon are
+    Two servers that give the same string compute the same bits under them: a new rule, or another
+    one of these, leaves it as it is. The matrix products of muon are
     the BLAS's, which has other code for other processors: a digest of some of them follows, and
     what holds of these holds, very likely, of all.
 
     Args:
         rules: Their names on the wire.
     """
-    return f"{REVISION}-{_products()}" if "muon" in set(rules) else REVISION
+    names = {_FUNCTIONS.get(rule, rule) for rule in rules}
+    text = "".join(
+        f"{row} {digest}\n"
+        for row, digest in sorted(DIGESTS.items())
+        if row in _EVERY or _function(row) in names
+    )
+    found = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{found}-{_products()}" if "muon" in names else found
+
+
+def _function(row: str) -> str:
+    """The rule of a row: `rmsprop` of `rmsprop_centered others`."""
+    return row.partition(" ")[0].partition("_")[0]
 
 
 @cache

@@ -262,7 +262,7 @@ def test_other_kernels_replay_nothing(start, monkeypatch):
     make(server, name="clean")
     push_some(server, 2)
     assert server.on_loop(server.app.state.sessions.get("clean").durable.snapshot())
-    monkeypatch.setattr("kernels.revision.REVISION", "another")
+    monkeypatch.setattr("kernels.revision.of", lambda rules: "another")
     again = server.crashed()
     try:
         (damage,) = again.call("GET", "/health/ready").json["damaged"]
