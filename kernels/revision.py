@@ -1,7 +1,8 @@
 """Whether two servers compute the same bits: what a log that is replayed is bound to.
 
 A change of these digests makes logs written before it unreplayable under that rule, so it is a
-change that users hear of. `kernels.digests` says what is digested; ``make renew-digests`` writes the table.
+change that users hear of. `kernels.digests` says what is digested; ``make renew-digests`` writes
+the table.
 """
 
 import hashlib

@@ -187,7 +187,9 @@ def apply(
         timing: None if it is applied again after a restart.
         hold: Pin the version that results.
     """
-    arena, push, work = session.ready, decided.push, decided.work
+    # Not `ready`: what is durable is applied, whether or not a deletion waits behind it.
+    arena, push, work = session.arena, decided.push, decided.work
+    assert arena is not None
     if work is None:
         summary = Summary(
             *session.at.numbers, False, push.worker is not None, push.staleness, push.lr,
@@ -269,7 +271,8 @@ def marked(session: "Session", gradient: Gradient) -> bytes:
     flat, present = gradient.flat, gradient.present
     if present is not None:  # what a group added behind a push must not make another push of it
         last = max(at for at, came in enumerate(present) if came) + 1
-        entries = session.ready.layout.entries
+        assert session.arena is not None
+        entries = session.arena.layout.entries
         flat = flat[: entries[last - 1].offset + entries[last - 1].size]
         present = present[:last]
     return digest(flat, gradient.dtype, session.spec.dtype, control.canonical, present)
@@ -485,15 +488,17 @@ def _decide_all(
         started_at = time.perf_counter()
         try:
             found = yield from decide(session, queued.gradient, ahead, slot)
+            held = None
             if isinstance(found, Decided):
                 durable.seal(slot, found.push)
+            elif queued.hold:
+                held = session.ready.versions.hold()
         except Exception as error:
             slot.release()
             loop.call_soon_threadsafe(settle, queued.outcome, None, error)
             continue
         if isinstance(found, Summary):
             slot.release()
-            held = session.ready.versions.hold() if queued.hold else None
             loop.call_soon_threadsafe(session.settled, queued.outcome, Outcome(found, True, held))
             continue
         ahead = found.ahead

@@ -245,3 +245,21 @@ def test_what_a_session_reserves_is_in_its_description(start):
     journal = server.app.state.sessions.get("m").durable.journal
     assert found["disk"] == 2 * journal.row.reserved + journal.ring.shape.size
     assert found["disk"] > 5 * found["gradient"]
+
+
+def test_a_push_that_is_durable_is_applied_before_a_deletion(start):
+    """A refusal would be a lie: after a crash that comes before the tombstone it is there."""
+    calls = Counting()
+    server = start(files=calls)
+    session = make(server)
+    calls.commits, calls.hold = 0, True
+    with ThreadPoolExecutor(2) as threads:
+        push = threads.submit(server.push, worker="a", sequence=1, base_version=1)
+        while not calls.commits:
+            pass
+        deletion = threads.submit(server.call, "DELETE", "/v1/sessions/m")
+        while not session.deleted:
+            pass
+        calls.held.set()
+        assert push.result().status == 200
+        assert deletion.result().status == 204
