@@ -8,6 +8,7 @@ acknowledged, and says after each crash whether what came back keeps it.
 import contextlib
 import copy
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ from service.storage.header import Key, Kind, Shape
 from service.storage.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
+SCALE = int(os.environ.get("CRASH_SCALE", "1"))
+"""How many times as much `make crash` tries."""
 SHAPE = Shape(slots=4, capacity=5000, records=3)
 WIDER = Shape(slots=3, capacity=9000, records=3)
 RESERVED = 2048

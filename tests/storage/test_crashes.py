@@ -12,11 +12,21 @@ import pytest
 from service.storage.failures import Refused
 from service.storage.files import Files, Sync
 from service.storage.store import Store
-from tests.storage.counter import ROOT, Loss, Promise, Scratch, Server, resume, seeded, taken_up
+from tests.storage.counter import (
+    ROOT,
+    SCALE,
+    Loss,
+    Promise,
+    Scratch,
+    Server,
+    resume,
+    seeded,
+    taken_up,
+)
 from tests.storage.disk import Folder, Mode, Recording
 from tests.storage.explorer import Explorer
 
-IMAGES = 2000
+IMAGES = 2000 * SCALE
 
 
 def short_lives(server):
@@ -45,7 +55,7 @@ ALONE = ELSEWHERE | {Sync.INDEX_WITNESS}
 
 def test_every_crash_keeps_every_promise():
     images, synced = 0, set()
-    for seed in range(1000):
+    for seed in range(1000 * SCALE):
         explorer = Explorer(seed)
         explorer.run(actions=25, every=2)
         images += explorer.images

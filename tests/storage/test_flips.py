@@ -6,9 +6,9 @@ from collections import Counter
 from service.storage.failures import Damaged, Refused, StorageFailure
 from service.storage.files import Files
 from service.storage.store import Store
-from tests.storage.counter import GONE, Promise, Scratch, Server, resume, seeded, taken_up
+from tests.storage.counter import GONE, SCALE, Promise, Scratch, Server, resume, seeded, taken_up
 
-FLIPS = 900
+FLIPS = 900 * SCALE
 
 
 def lived_in(path, *, witnessed=True):
