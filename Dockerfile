@@ -34,6 +34,8 @@ ENV NUMBA_CPU_NAME=x86-64-v3 \
     GRADPOST_HOST=0.0.0.0
 
 WORKDIR /app
+# For a volume, which takes the owner of the folder it covers: GRADPOST_DATA_DIR=/app/data/store.
+RUN install -d -o 10001 -g 10001 /app/data
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
