@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels import reduce
 from kernels.pool import Waits
-from service.errors import Nonfinite, TensorMismatch
+from service.errors import Nonfinite, ServiceError, TensorMismatch
 from service.schemas import PushControl, Terms
 from service.sessions import transfer, update
 from service.sessions.arena import Arena, Array
@@ -476,6 +476,11 @@ def _decide_all(
         key = queued.gradient.control.key
         if key is not None and key in session.committing:  # a repeat of one in this very group
             later.append(queued)
+            continue
+        try:
+            session.check_alive()  # the ring of a deleted session has no places, for ever
+        except ServiceError as error:
+            loop.call_soon_threadsafe(settle, queued.outcome, None, error)
             continue
         slot = durable.reserve()
         if slot is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.pool import Waits
 from service.app import create_app
 from service.sessions import disk
 from service.settings import Settings
@@ -262,4 +263,35 @@ def test_a_push_that_is_durable_is_applied_before_a_deletion(start):
             pass
         calls.held.set()
         assert push.result().status == 200
+        assert deletion.result().status == 204
+
+
+def test_pushes_that_wait_for_room_end_with_their_session(start):
+    calls = Full()
+    server = start(files=calls)
+    session = make(server)
+    calls.full = True
+    for sequence in range(1, 6):
+        assert server.push(worker="w", sequence=sequence, base_version=1).status == 200
+
+    async def hold():
+        """The lane is busy while a push and then a deletion come."""
+        return session.lane.submit(waits())
+
+    def waits():
+        yield Waits([held.wait])
+
+    held = threading.Event()
+    server.on_loop(hold())
+    with ThreadPoolExecutor(2) as threads:
+        push = threads.submit(server.push, worker="w", sequence=6, base_version=1)
+        while not session.queue._waiting:
+            pass
+        session.durable.trouble = None
+        calls.full = False
+        deletion = threads.submit(server.call, "DELETE", "/v1/sessions/m")
+        while not session.deleted:
+            pass
+        held.set()
+        check_problem(push.result(), 410, "session-gone")
         assert deletion.result().status == 204
