@@ -157,6 +157,9 @@ async def _take_up(sessions: Sessions, disk: Disk, pending: Pending) -> None:
         )  # fmt: skip
         sessions.refuse(Damage(name, what, where))
         disk.log.error("a session can't be recovered", session=name, what=what, where=where)
+    except Exception as error:
+        sessions.refuse(Damage(name, f"unexpectedly: {error!r}; see the log", pending.row.snapshot))
+        disk.log.error("a session can't be recovered", session=name, exc_info=error)
     else:
         sessions.adopt(session)
         disk.log.info(

@@ -1,11 +1,13 @@
 """Sessions as resources: create, attach, list, read, change, end."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from service.errors import PreconditionFailed
 from service.routes import reading
 from service.routes.documents import BODY, SESSION, body, header, query, refusals
 from service.schemas import (
@@ -131,6 +133,16 @@ async def _make(
     return session
 
 
+async def _complete(session: Session, tensors: list[Tensor] | None) -> None:
+    """Gives an empty session the parameters that came with its creation.
+
+    The server may have ended between the two, and this be the same request again.
+    """
+    if tensors is not None and session.arena is None:
+        with contextlib.suppress(PreconditionFailed):
+            await session.load(tensors, first_only=True)
+
+
 @router.put(
     "/{id}",
     summary="Create a session under an id of your choice, or attach to it",
@@ -148,6 +160,7 @@ async def put(id: str, request: Request) -> Response:
     sessions: Sessions = request.app.state.sessions
     found = await sessions.attach(id, stated)
     if found is not None:
+        await _complete(found, tensors)
         return _answer(found, 200, attached=True)
     return _answer(await _make(sessions, id, spec, tensors), 201)
 

@@ -21,13 +21,13 @@ from service.errors import (
 )
 from service.schemas.refusals import invalid
 from service.sessions import image, state
-from service.sessions.arena import Tensor
+from service.sessions.arena import Arena, Tensor
 from service.sessions.disk import Disk
 from service.sessions.image import Image, Standing
 from service.sessions.lane import Program
-from service.sessions.session import Base, Session
+from service.sessions.session import Base, Session, gone
 from service.storage.checkpoints import Checkpoint, owner_of
-from service.storage.failures import Damaged
+from service.storage.failures import Damaged, Overtaken
 
 PARAMS = "params/"
 
@@ -88,6 +88,27 @@ async def make(session: Session, name: str | None) -> tuple[Checkpoint, bool]:
             "delete it.",
             checkpoint=name,
         )
+    if name is not None:
+        _begin(session, name)
+    try:
+        return await _make(session, disk, arena, name)
+    finally:
+        session.making.discard(name or "")
+
+
+def _begin(session: Session, name: str) -> None:
+    """Takes a name for a checkpoint that is being made."""
+    if name in session.making:
+        raise CheckpointExists(
+            f"A checkpoint {name!r} of session {session.id!r} is being made; take another name.",
+            checkpoint=name,
+        )
+    session.making.add(name)
+
+
+async def _make(
+    session: Session, disk: Disk, arena: Arena, name: str | None
+) -> tuple[Checkpoint, bool]:
     like = image.arrays(arena, arena.versions.head.flat)
     nbytes = sum(array.nbytes for array in like)
     if not session.shared.budget.try_reserve(nbytes):
@@ -99,13 +120,19 @@ async def make(session: Session, name: str | None) -> tuple[Checkpoint, bool]:
     try:
         into = await disk.run(partial(image.buffers, like))
         made: Image = await session.lane.run(_copy(session, into))
-        facts = made.facts
-        name = name or f"step-{facts.step}-version-{facts.epoch}-{facts.version}"
-        found = disk.store.checkpoints.find(owner_of(session.id), name)
-        if found is not None:
-            return found, False
+        if name is None:
+            facts = made.facts
+            # The incarnation: a session that begins anew comes to the same step and version.
+            name = (
+                f"step-{facts.step}-version-{facts.epoch}-{facts.version}-{facts.incarnation[:8]}"
+            )
+            found = disk.store.checkpoints.find(owner_of(session.id), name)
+            if found is not None:
+                return found, False
         write = partial(disk.store.checkpoints.write, owner_of(session.id), name, made.chunks())
         return await disk.run(write), True
+    except Overtaken:
+        raise gone(session.id) from None
     finally:
         session.shared.budget.release(nbytes)
 
@@ -146,6 +173,7 @@ async def verified(session: Session, name: str) -> tuple[Checkpoint, Path]:
     try:
         await disk.run(partial(disk.store.checkpoints.verify, found))
     except Damaged as error:
+        find(session, name)  # deleted meanwhile: that is no damage
         raise SessionDamaged(
             f"Checkpoint {name!r} is not what was written: {error.what} ({error.where}); take "
             "another one.",
@@ -195,7 +223,7 @@ def parse(tensors: list[Tensor], facts: Mapping[str, Any], scope: str) -> Conten
             params, others, _count(found["step"]), dict(zip(names, counts, strict=True)),
             dict(zip(names, scalars, strict=True)),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError, OverflowError):
         raise invalid(
             "gradpost",
             "The metadata is not that of a checkpoint; send a file that GET checkpoints gave, or "

@@ -17,6 +17,7 @@ from gradpost.protocol.dtypes import DTYPES
 from kernels import revision
 from kernels.pool import Waits
 from service.errors import DiskFull, InvalidRequest, LogFull, ServiceError
+from service.schemas import terms
 from service.sessions import image
 from service.sessions.arena import Arena
 from service.sessions.disk import Disk
@@ -163,17 +164,16 @@ class Durable:
         self.journal.commit(slots)
 
     def record(self, kind: Kind, facts: dict[str, Any]) -> Program[bool]:
-        """Logs a change without payload; False if there is no log yet, or it fits no record.
+        """Logs a change without payload; False if there is no log yet, or no place for it there.
 
-        Raises:
-            LogFull: The log has no place for it.
+        A `replace` then makes it durable, and frees the log.
         """
         text = json.dumps(facts, separators=(",", ":")).encode()
         if self.journal.ring is None or len(text) > META_BYTES:
             return False
         slot = self.journal.reserve(payload=False)
         if slot is None:
-            raise self.full()
+            return False
         try:
             self.guarded(partial(slot.seal, kind, meta=text))()
         except BaseException:
@@ -205,14 +205,16 @@ class Durable:
             DiskFull: Nothing has changed.
         """
         session, arena = self._session, standing.arena
-        made = image.of(session, standing, self.kernel_rev)
+        # Of the rules that will hold: a new group may bring one.
+        kernel_rev = revision.of(one.optimizer.rule for one in terms(standing.spec))
+        made = image.of(session, standing, kernel_rev)
         reserved = self.image_bytes(made) if grown else None
         shape = shape_of(session, arena) if grown and self.logs and arena is not None else None
         commit = partial(
             self.journal.replace,
             made.chunks(),
             epoch=self._epoch(standing.at.epoch),
-            kernel_rev=self.kernel_rev,
+            kernel_rev=kernel_rev,
             shape=shape,
             reserved=reserved,
         )
@@ -270,10 +272,6 @@ class Durable:
 
         def ended(task: "asyncio.Task[bool]") -> None:
             self._task = None
-            if not task.cancelled() and (error := task.exception()) is not None:
-                self._disk.log.error(
-                    "a snapshot failed unexpectedly", session=self._session.id, exc_info=error
-                )
 
         task.add_done_callback(ended)
         return task
@@ -284,10 +282,9 @@ class Durable:
         Args:
             final: The server stops in order, and nothing comes after it.
         """
-        if self._task is not None:
+        while self._task is not None:  # which may have copied an earlier state
             await asyncio.wait([self._task])
-        task = self._task or self._begin(final=final)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._begin(final=final))
 
     async def _snapshot(self, *, final: bool) -> bool:
         session = self._session
@@ -312,6 +309,12 @@ class Durable:
             self.trouble, self.saved_at = error.detail, time.monotonic()
             return False
         except ServiceError:  # the session was deleted, or the pool is closed
+            return False
+        except Exception as error:  # one session's trouble is no other's
+            self._disk.log.error(
+                "a snapshot failed unexpectedly", session=session.id, exc_info=error
+            )
+            self.trouble, self.saved_at = type(error).__name__, time.monotonic()
             return False
         self.trouble, self.saved_at = None, time.monotonic()
         return True

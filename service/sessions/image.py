@@ -301,11 +301,14 @@ def _arena(session: "Session", facts: Facts, header: Header) -> tuple[Arena, Arr
         layout, terms(spec), spec.dtype, average=spec.ema is not None, settings=shared.settings,
         budget=shared.budget, copied=spec.durability != "none",
     )  # fmt: skip
-    found = [(one.name, one.dtype, one.shape) for one in header.tensors if one.name != LEDGER]
-    if found != rows(arena, spec.dtype):
+    try:
+        found = [(one.name, one.dtype, one.shape) for one in header.tensors if one.name != LEDGER]
+        if found != rows(arena, spec.dtype):
+            raise ValueError("the tensors are not those of the layout")
+        scalars = [tuple(one) for one in facts.scalars]
+        for group in arena.groups:
+            group.runs = stretches.of(group.span, layout.entries, facts.counts, scalars)
+        return arena, arena.versions.fresh()
+    except BaseException:
         shared.budget.release(arena.reserved)
-        raise ValueError("the tensors are not those of the layout")
-    scalars = [tuple(one) for one in facts.scalars]
-    for group in arena.groups:
-        group.runs = stretches.of(group.span, layout.entries, facts.counts, scalars)
-    return arena, arena.versions.fresh()
+        raise

@@ -473,9 +473,10 @@ def _decide_all(
     ahead: Ahead | None = None
     is_full = False
     while (queued := queue.take()) is not None:
+        taken.append(queued)  # whatever happens now, it gets an answer
         key = queued.gradient.control.key
         if key is not None and key in session.committing:  # a repeat of one in this very group
-            later.append(queued)
+            later.append(taken.pop())
             continue
         try:
             session.check_alive()  # the ring of a deleted session has no places, for ever
@@ -484,10 +485,9 @@ def _decide_all(
             continue
         slot = durable.reserve()
         if slot is None:
-            later.append(queued)
+            later.append(taken.pop())
             is_full = True
             break
-        taken.append(queued)
         if key is not None:
             session.committing.add(key)
         started_at = time.perf_counter()

@@ -43,6 +43,8 @@ def revive(shared: Shared, disk: Disk, pending: Pending) -> Session:
         _check_kernels(session, found)
         for record in found.records:
             _replay(session, record)
+        session.durable = Durable(session, disk, found.journal)
+        session.durable.begin()
     except Exception as error:
         found.journal.close()
         if session is not None and session.arena is not None:
@@ -51,8 +53,6 @@ def revive(shared: Shared, disk: Disk, pending: Pending) -> Session:
             raise
         what = error.detail if isinstance(error, ServiceError) else f"{error!r}"
         raise Damaged(f"it can't be brought back: {what}", found.row.snapshot) from error
-    session.durable = Durable(session, disk, found.journal)
-    session.durable.begin()
     return session
 
 
@@ -60,7 +60,7 @@ def _position(found: Recovered, facts: image.Facts) -> Position:
     """Where the session goes on: in the next epoch, unless nothing was lost."""
     if facts.epoch == found.row.epoch:
         return Position(facts.epoch, facts.version, facts.step)
-    return Position(found.row.epoch, 1, facts.step)
+    return Position(found.row.epoch, int(facts.layout is not None), facts.step)
 
 
 def _check_kernels(session: Session, found: Recovered) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from service.errors import (
     DataDirMissing,
+    DiskFull,
     InFlight,
     Recovering,
     SessionDamaged,
@@ -19,6 +20,7 @@ from service.errors import (
 )
 from service.schemas import Spec, diff
 from service.sessions.durable import Durable
+from service.sessions.lane import stopping
 from service.sessions.session import Session, Shared, gone
 from service.storage.checkpoints import owner_of
 from service.storage.failures import Damage
@@ -199,7 +201,11 @@ class Sessions:
         if not await session.abandon() or self._alive.get(session.id) is not session:
             return
         if session.durable is not None:
-            await session.durable.delete(session.epoch)
+            try:
+                await session.durable.delete(session.epoch)
+            except DiskFull:  # then it stays, empty, and can be deleted or used
+                session.deleted = False
+                return
         del self._alive[session.id]
         if session.attached or session.durable is not None:
             self._ended[session.id] = session.epoch
@@ -209,19 +215,22 @@ class Sessions:
     async def delete(self, name: str) -> None:
         """Ends a session and leaves a tombstone."""
         session = self.get(name)
-        if session.durable is not None:  # until the end is durable the session is not over
-            await session.delete()
-        if self._alive.get(name) is session:
-            del self._alive[name]
-        self._ended[name] = session.epoch
-        if len(self._ended) > TOMBSTONES:
-            oldest = next(iter(self._ended))
-            self._floor = max(self._floor, self._ended.pop(oldest))
-        if session.durable is None:
-            await session.delete()
+        if session.made is not None:  # until it is on the disk it can't be taken off it
+            await asyncio.wait([session.made])
+            return await self.delete(name)
+        # The id is not free before all of it is gone: else it could hit what comes after it.
+        await session.delete()
         disk = self.shared.disk
-        if disk is not None:
-            await disk.run(partial(disk.store.checkpoints.drop, owner_of(name)))
+        try:
+            if disk is not None:
+                await disk.run(partial(disk.store.checkpoints.drop, owner_of(name)))
+        finally:
+            if self._alive.get(name) is session:
+                del self._alive[name]
+            self._ended[name] = session.epoch
+            if len(self._ended) > TOMBSTONES:
+                oldest = next(iter(self._ended))
+                self._floor = max(self._floor, self._ended.pop(oldest))
 
     def page(self, after: str | None, limit: int) -> tuple[list[Session], str | None]:
         """Up to `limit` sessions in order of their ids behind `after`, and where to go on."""
@@ -260,8 +269,16 @@ class Sessions:
 
     async def finish(self) -> None:
         """Leaves every durable session in order for the next start; nothing may follow."""
-        for _, durable in self.durable():
-            await durable.finish()
+        for session, durable in self.durable():
+            session.queue.refuse(stopping())
+            try:
+                await durable.finish()
+            except Exception as error:  # the others are saved all the same
+                assert self.shared.disk is not None
+                self.shared.disk.log.error(
+                    "a session was not saved; the next start goes on from what is durable of it",
+                    session=session.id, exc_info=error,
+                )  # fmt: skip
             durable.close()
 
 

@@ -101,6 +101,8 @@ class Session:
         self.queue = Queue(self)
         self.durable: Durable | None = None
         """What of it is on the disk; None if nothing is."""
+        self.making: set[str] = set()
+        """Names of checkpoints that are being made."""
         self.made: asyncio.Future[None] | None = None
         """While it is being made on the disk."""
 

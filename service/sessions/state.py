@@ -149,8 +149,14 @@ def _named(arena: Arena, contents: "Contents") -> dict[str, dict[str, float]]:
     found = {}
     for entry in arena.layout.entries:
         names, values = arena.groups[entry.group].rule.scalars, contents.scalars.get(entry.name, [])
+        if values and len(values) != len(names):
+            raise TensorMismatch(
+                f"The checkpoint has {len(values)} scalars of {entry.name!r} and its rule keeps "
+                f"{len(names)}; restore one of this rule, or its params only.",
+                names=[entry.name],
+            )
         if values:
-            found[entry.name] = dict(zip(names, values, strict=False))
+            found[entry.name] = dict(zip(names, values, strict=True))
     return found
 
 

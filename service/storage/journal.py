@@ -223,7 +223,7 @@ class Journal:
         with self._naming:
             row = self.row._replace(epoch=epoch, kernel_rev=kernel_rev)
             if row != self.row:
-                self._index.put(row, Sync.INDEX_NAME)
+                self._ballast.relieve(lambda: self._index.put(row, Sync.INDEX_NAME))
                 self.row = row
 
     # Copying

@@ -253,7 +253,9 @@ class Ring:
             self._close_if_done()
 
     def free(self) -> tuple[int, int]:
-        """How many record pages and how many slots are free."""
+        """How many record pages and how many slots are free; none once it is retired."""
+        if self._retired:
+            return 0, 0
         records, slots = self._free
         return len(records), len(slots)
 

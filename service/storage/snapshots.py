@@ -13,7 +13,7 @@ from typing import NamedTuple
 import xxhash
 
 from service.storage.failures import Damaged, NoSpace
-from service.storage.files import Bytes, Files, Sync
+from service.storage.files import Bytes, Files, Pace, Sync
 
 SPARE = "spare"
 SLICE = 1 << 20
@@ -49,11 +49,15 @@ def write(files: Files, folder: Path, number: int, chunks: Iterable[Bytes]) -> W
     hasher = xxhash.xxh3_128()
     size = 0
     with files.created(folder / SPARE) as fd:
+        pace = Pace(files, fd, Sync.SNAPSHOT)
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
-            hasher.update(data)
-            files.write(fd, data, size, f"writing {name}")
-            size += len(data)
+            for at in range(0, len(data), SLICE):
+                part = data[at : at + SLICE]
+                hasher.update(part)
+                files.write(fd, part, size, f"writing {name}")
+                size += len(part)
+                pace.wrote(len(part))
         files.truncate(fd, size, f"writing {name}")
         files.fsync(fd, Sync.SNAPSHOT)
     files.rename(folder / SPARE, folder / name)

@@ -1,6 +1,8 @@
 """Checkpoints: made beside the steps, read by anyone, taken back to the bit."""
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_any_safetensors_library_opens_one(server):
     make(server, name="file", durability="none")
     push_some(server, 2, name="file")
     made = server.call("POST", "/v1/sessions/file/checkpoints").json
-    assert made["name"] == "step-2-version-1-3"
+    assert re.fullmatch("step-2-version-1-3-[0-9a-f]{8}", made["name"])
     reply = server.call("GET", f"/v1/sessions/file/checkpoints/{made['name']}")
     assert reply.headers["etag"] == f'"{made["digest"]}"'
     assert len(reply.body) == made["bytes"]
@@ -114,6 +116,31 @@ def test_they_are_listed_made_once_and_deleted(server):
     check_problem(server.call("GET", f"{path}/%2e%2e"), 422)
     reply = server.call("POST", "/v1/sessions/list/restore", {"checkpoint": "best"})
     check_problem(reply, 404, "checkpoint-unknown")
+
+
+def test_a_session_that_begins_anew_makes_its_own(start):
+    server = start("anew")
+    digests = []
+    for params in (PARAMS, {**PARAMS, "s": 9.0}):
+        server.make("m", params)
+        push_some(server, 2)
+        made = server.call("POST", "/v1/sessions/m/checkpoints")
+        assert made.status == 201
+        digests.append(made.json["digest"])
+        server = server.restarted()
+    assert len(set(digests)) == 2
+    server.close()
+
+
+def test_one_of_two_makers_of_a_name_is_told_that_it_is_taken(server):
+    make(server, name="both", durability="none")
+    path = "/v1/sessions/both/checkpoints"
+    with ThreadPoolExecutor(4) as threads:
+        found = [threads.submit(server.call, "POST", path, {"name": "best"}) for _ in range(4)]
+        replies = [one.result() for one in found]
+    assert sorted(reply.status for reply in replies) == [201, 409, 409, 409]
+    (made,) = (reply.json for reply in replies if reply.status == 201)
+    assert server.call("GET", path).json == {"checkpoints": [made]}
 
 
 def test_a_restore_is_whole_or_not_at_all(server):

@@ -9,11 +9,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kernels.pool import Waits
 from service.app import create_app
-from service.sessions import disk
+from service.errors import SessionGone
+from service.schemas import parse_control
+from service.sessions import disk, image
+from service.sessions.pushes import Gradient
 from service.settings import Settings
 from service.storage.failures import Refused
 from service.storage.files import Calls, Sync
@@ -295,3 +299,96 @@ def test_pushes_that_wait_for_room_end_with_their_session(start):
         held.set()
         check_problem(push.result(), 410, "session-gone")
         assert deletion.result().status == 204
+
+
+def test_a_deletion_waits_for_the_creation(start):
+    class Slow(Calls):
+        def __init__(self):
+            self.begun, self.go = threading.Event(), threading.Event()
+            self.go.set()
+
+        def commit(self, connection, site):
+            if site is Sync.INDEX_CREATE:
+                self.begun.set()
+                assert self.go.wait(60)
+            super().commit(connection, site)
+
+    calls = Slow()
+    server = start(files=calls)
+    calls.go.clear()
+    body = {"optimizer": {"rule": "adam"}, "durability": "log"}
+    with ThreadPoolExecutor(3) as threads:
+        creation = threads.submit(server.call, "PUT", "/v1/sessions/m", body)
+        assert calls.begun.wait(60)
+        check_problem(server.push("m"), 409, "in-flight")
+        deletion = threads.submit(server.call, "DELETE", "/v1/sessions/m")
+        attaching = threads.submit(server.call, "PUT", "/v1/sessions/m", body)
+        calls.go.set()
+        assert creation.result().status == 201
+        assert deletion.result().status == 204
+        assert attaching.result().status in (200, 201, 409)
+    server.call("DELETE", "/v1/sessions/m")
+    assert server.call("PUT", "/v1/sessions/m", body).status == 201
+    again = server.crashed()
+    assert again.call("GET", "/v1/sessions/m").status == 200
+    again.close()
+
+
+def test_a_push_that_ends_behind_a_deletion_is_told_so(start):
+    server = start()
+    session = make(server)
+
+    async def late():
+        gradient = Gradient(np.ones(9, np.float32), "F32", parse_control({}, text=False), list)
+        await session.delete()
+        await session.push(gradient, hold=False)
+
+    with pytest.raises(SessionGone):
+        server.on_loop(late())
+
+
+def test_one_session_that_can_not_be_saved_costs_no_other_its_stop(start, monkeypatch):
+    server = start()
+    for name in ("a", "b"):
+        make(server, name=name, durability="snapshot")
+        push_some(server, 2, name=name)
+    kept = server.state_of("b")
+    first = server.app.state.sessions.get("a")
+    whole = image.buffers
+
+    def fails(like):
+        if any(one is first.arena.versions.head.flat for one in like):
+            raise MemoryError("no room")
+        return whole(like)
+
+    monkeypatch.setattr(image, "buffers", fails)
+    server = server.restarted()
+    assert server.state_of("b") == kept
+    assert server.state_of("a")["at"] == (2, 1, 0)
+    server.close()
+
+
+def test_a_full_disk_at_the_start_costs_only_who_needs_it(start):
+    class Full(Calls):
+        full = False
+
+        def commit(self, connection, site):
+            if self.full and site is Sync.INDEX_NAME:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().commit(connection, site)
+
+    server = start()
+    make(server, name="logs")
+    make(server, name="saved", durability="snapshot")
+    push_some(server, 2, name="logs")
+    copy = server.crashed()
+    copy.close()
+    calls = Full()
+    calls.full = True
+    again = start(copy.folder.name, files=calls)
+    (damage,) = again.call("GET", "/health/ready").json["damaged"]
+    assert damage["session"] == "saved"
+    assert again.app.state.sessions.get("logs").step == 2
+    used = again.app.state.budget.used
+    assert used == again.app.state.sessions.get("logs").arena.reserved
+    calls.full = False

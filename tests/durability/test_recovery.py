@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.registry import RULES
-from tests.api.conftest import PARAMS, check_problem
+from tests.api.conftest import GRADS, PARAMS, check_problem
 from tests.durability.conftest import Server, scratch_folder
 
 GROUPED = {
@@ -291,3 +291,41 @@ def test_json_of_the_summary_survives_as_it_was(start):
     again = server.push(worker="v", sequence=1, base_version=1)
     assert json.loads(again.body) == {**reply.json, "replayed": True}
     server.close()
+
+
+def test_a_group_of_another_rule_is_in_the_log(start):
+    server = start()
+    make(server)
+    group = {"group": {"name": "head", "rule": "sgd", "lr": 0.7}, "params": {"h": [1.0, 2.0]}}
+    assert server.call("POST", "/v1/sessions/m/groups", group).status == 201
+    grads = {**GRADS, "h": [1.0, -1.0]}
+    assert server.push(grads=grads, worker="v", sequence=1, base_version=1).status == 200
+    found = server.state_of()
+    again = server.crashed()
+    assert again.call("GET", "/health/ready").json.get("damaged") is None
+    assert again.state_of() == found
+    again.close()
+
+
+def test_patches_alone_never_fill_the_log(start):
+    server = start()
+    make(server)
+    for number in range(150):
+        change = {"optimizer": {"lr": 0.001 * (number + 1)}}
+        assert server.call("PATCH", "/v1/sessions/m", change).status == 200
+    found = server.state_of()
+    again = server.crashed()
+    assert again.state_of() == found
+    again.close()
+
+
+def test_a_creation_that_was_cut_short_is_completed_by_its_retry(start):
+    server = start()
+    body = {"optimizer": {"rule": "adam"}, "durability": "log"}
+    assert server.call("PUT", "/v1/sessions/m", body).status == 201  # and the crash came here
+    again = server.crashed()
+    reply = again.call("PUT", "/v1/sessions/m", {**body, "params": PARAMS})
+    assert (reply.status, reply.json["status"]) == (200, "ready")
+    reply = again.call("PUT", "/v1/sessions/m", {**body, "params": {"w": [1.0]}})
+    assert (reply.status, reply.json["tensors"]) == (200, 3)
+    again.close()
