@@ -162,17 +162,22 @@ def decide(
     shrink = _shrink(session, staleness)
     moves = update.moves(terms, sums, scale, factor(session.spec.schedule, at.step), shrink)
     norm = sums.norm / scale if math.isfinite(sums.norm) else None
-    push = Push(
-        control.worker, control.sequence, found[0], gradient.dtype, staleness, moves[0].lr, norm,
-        False, control.loss, control.overrides, time.time(), None, (),
-    )  # fmt: skip
+    skipped = None
     if norm is None and not _only_large(arena, terms, gradient):
         _refuse_nonfinite(session, arena, terms, gradient)
+        skipped = "nonfinite"
+    parts: tuple[update.Part, ...] = ()
+    if skipped is None:
+        parts = tuple(update.parts(arena, moves, gradient.present, runs))
+    clips = skipped is None and update.clipped(moves, sums, scale)
+    push = Push(
+        control.worker, control.sequence, found[0], gradient.dtype, staleness, moves[0].lr, norm,
+        clips, control.loss, control.overrides, time.time(), skipped, parts,
+    )  # fmt: skip
+    if skipped is not None:
         still = Ahead(at, runs or tuple(group.runs for group in arena.groups))
-        return Decided(push._replace(skipped="nonfinite"), gradient.flat, None, still)
-    parts = update.parts(arena, moves, gradient.present, runs)
+        return Decided(push, gradient.flat, None, still)
     work = update.prepare(arena, terms, parts, session.spec.dtype, gradient.dtype, runs)
-    push = push._replace(clipped=update.clipped(moves, sums, scale), parts=tuple(parts))
     return Decided(push, gradient.flat, work, Ahead(at.following, work.runs))
 
 

@@ -85,6 +85,8 @@ def _part(run: Run, first: int, last: int, entries: Sequence[Entry]) -> Run:
 
 def joined(runs: Sequence[Run]) -> tuple[Run, ...]:
     """The runs, those joined that are neighbours and have been updated alike."""
+    if len(runs) == 1:
+        return (runs[0],)
     found: list[Run] = []
     for run in runs:
         if found and found[-1].last == run.first and found[-1][4:] == run[4:]:

@@ -330,8 +330,8 @@ def prepare(
             steps += [_step(group, run, part, loop, master) for part, run in pairs]
         rest = stretches.without(before, taken, arena.layout.entries)
         kept += rest
-        done = [run._replace(updates=run.updates + 1, scalars=part.scalars) for part, run in pairs]
-        after.append(stretches.joined(sorted([*rest, *done])) if rest else stretches.joined(done))
+        done = [Run(*run[:4], run.updates + 1, part.scalars) for part, run in pairs]
+        after.append(stretches.joined(sorted([*rest, *done]) if rest else done))
     return Work(tuple(steps), tuple(kept), tuple(after))
 
 
