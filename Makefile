@@ -58,6 +58,7 @@ bench: $(TORCH)/.ready ## the same at length, beside torch
 	$(TORCH)/bin/python -m benchmarks.kernels
 	$(TORCH)/bin/python -m benchmarks.push_pull
 	$(TORCH)/bin/python -m benchmarks.durable_push
+	$(TORCH)/bin/python -m benchmarks.durable_session
 
 crash: $(VENV)/.ready ## 1,200 kills, 100,000 power cuts, 10,000 flipped bits; half an hour
 	$(PY) -m tests.crash.run --kills 1200

@@ -180,7 +180,8 @@ async def restore(id: str, request: Request) -> Response:
     with state.uploads:
         taken, scope = await _taken(request, session)
         try:
-            contents = checkpoints.parse(taken.tensors, taken.facts, scope)
+            parse = partial(checkpoints.parse, taken.tensors, taken.facts, scope)
+            contents = await in_pool(state.pool, parse)  # milliseconds for many tensors
             await checkpoints.restore(session, contents, scope, base, first_only=first_only)
         finally:
             if taken.reserved:

@@ -22,7 +22,7 @@ from service.wire import body, json, media, raw, safetensors
 from service.wire.fit import presence
 
 T = TypeVar("T")
-CHECKPOINT_HEADER = 8 * MAX_HEADER_BYTES
+CHECKPOINT_HEADER = 4 * MAX_HEADER_BYTES
 """Bytes: it names each tensor and all of its state."""
 SMALL_JSON = 65_536
 """Bytes up to which a JSON body is not reserved, and is parsed on the event loop."""

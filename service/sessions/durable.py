@@ -225,7 +225,8 @@ class Durable:
     @staticmethod
     def image_bytes(made: Image) -> int:
         """What a snapshot may come to take: its arrays, and a ledger and header that grow."""
-        return sum(array.nbytes for array in made.arrays) + 400 * len(made.rows) + (2 << 20)
+        names = sum(300 + 3 * len(name.encode()) for name, _, _ in made.rows)
+        return sum(array.nbytes for array in made.arrays) + names + (2 << 20)
 
     # Snapshots
 

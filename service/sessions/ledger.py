@@ -144,7 +144,8 @@ class Ledger:
             WorkerRetired: It left or was silent for too long.
         """
         with self._lock:
-            retired = worker in self._retired
+            one = self._workers.get(worker)
+            retired = worker in self._retired or (one is not None and self._expired(one))
         if retired:
             raise self._refusal(worker)
 
@@ -195,13 +196,15 @@ class Ledger:
             }
 
     def standing(self, worker: str) -> Known | None:
-        """What is known about one worker; None if it never pushed or is retired."""
+        """What a push of one worker would meet; None if it never pushed or is retired."""
         offset = time.time() - self._clock()
         with self._lock:
             one = self._workers.get(worker)
-            if one is None:
+            if one is None or self._expired(one):
                 return None
-            return Known(worker, one.highest, one.seen_at + offset, dict(one.admitted))
+            floor = one.highest - WINDOW  # what is below it is kept for a while, and refused
+            admitted = {number: done for number, done in one.admitted.items() if number > floor}
+            return Known(worker, one.highest, one.seen_at + offset, admitted)
 
     def size(self) -> int:
         """Numbers that are remembered, over all workers."""

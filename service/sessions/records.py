@@ -117,7 +117,7 @@ def unpack_push(data: bytes, worker: str | None, sequence: int | None, digest: b
         for _ in range(count):
             part, at = _unpack_part(data, at)
             parts.append(part)
-    except (struct.error, KeyError) as error:
+    except (struct.error, KeyError, ValueError) as error:
         raise ValueError(f"a record of a push is no such: {error}") from None
     if at != len(data):
         raise ValueError("a record of a push is longer than it says")

@@ -4,6 +4,8 @@ import pytest
 
 from service.errors import KeyReused, TooManyWorkers, TooOld, WorkerRetired
 from service.sessions.ledger import WINDOW, Admitted, Ledger, Summary, same_push
+from service.sessions.records import Push, pack_ledger, pack_push, unpack_ledger, unpack_push
+from service.sessions.update import Part
 
 SUMMARY = Summary(1, 1, 2, True, True, 0, 0.1, 1.0, False, None, True, None, None)
 
@@ -83,3 +85,51 @@ def test_a_repeat_must_be_the_same_push():
     assert same_push(known, b"d", "w", 1) is SUMMARY
     with pytest.raises(KeyReused):
         same_push(known, b"other", "w", 1)
+
+
+def test_what_is_told_of_a_worker_is_what_a_push_would_meet():
+    now = [0.0]
+    ledger = Ledger(2, 100.0, lambda: now[0])
+    for number in (0, 1, 2000):
+        ledger.record("w", number, b"d", SUMMARY)
+    assert list(ledger.standing("w").admitted) == [2000]
+    assert ledger.standing("v") is None
+    ledger.check_retired("v")
+    now[0] = 101.0
+    assert ledger.standing("w") is None
+    with pytest.raises(WorkerRetired):
+        ledger.check_retired("w")
+
+
+def test_a_ledger_survives_its_bytes():
+    ledger = Ledger(9, 100.0)
+    odd = SUMMARY._replace(grad_norm=None, skipped="nonfinite", applied=False, lr=5e-324)
+    ledger.record("w", 7, bytes(range(16)), SUMMARY)
+    ledger.record("w", 1 << 62, b"", odd)
+    ledger.record("v", 0, bytes(16), SUMMARY._replace(update_norm=1.5, param_norm=0.1))
+    again = Ledger(9, 100.0)
+    again.restore(unpack_ledger(pack_ledger(ledger.contents())))
+    before, after = ledger.contents(), again.contents()
+    assert [one[:2] + one[3:] for one in after.workers] == [
+        one[:2] + one[3:] for one in before.workers
+    ]
+    for data in (b"", pack_ledger(before)[:-1], pack_ledger(before) + b"x"):
+        with pytest.raises(ValueError, match="ledger"):
+            unpack_ledger(data)
+
+
+def test_the_record_of_a_push_keeps_every_bit():
+    parts = (
+        Part(0, 0, 3, 5, 0.1, (-0.1, 5e-324, float("inf"), -0.0), (0.30000000000000004,)),
+        Part(2, 3, 4, 0, 1e-300, (1.0, float("inf")), ()),
+    )
+    push = Push(
+        "w", 1 << 62, bytes(16), "BF16", 3, 0.1, None, True, -2.5, '{"default":{"lr":0.1}}', 1.5,
+        None, parts,
+    )  # fmt: skip
+    for one in (push, push._replace(skipped="nonfinite", parts=(), norm=1.5, overrides=None)):
+        again = unpack_push(pack_push(one), one.worker, one.sequence, one.digest)
+        assert repr(again) == repr(one)
+        for data in (b"", pack_push(one)[:-1], pack_push(one) + b"x"):
+            with pytest.raises(ValueError, match="record of a push"):
+                unpack_push(data, "w", 1, b"")
