@@ -83,6 +83,8 @@ def _explain(error: ValidationError) -> str:
     """One line per bad setting, under its environment name; values are left out (a key is one)."""
     lines = (
         f"  GRADPOST_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+        if item["loc"]
+        else f"  {item['msg'].removeprefix('Value error, ')}"  # of several settings together
         for item in error.errors(include_input=False, include_url=False)
     )
     return "\n".join(("gradpost does not start; see docs/configuration.md:", *lines))
@@ -112,6 +114,7 @@ class Server(uvicorn.Server):
             key=settings.api_key is not None,
             threads=settings.threads,
             memory_bytes=settings.memory_bytes,
+            data_dir=None if settings.data_dir is None else str(settings.data_dir),
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         """Every creation would be refused otherwise."""
         if self.durability != "none" and self.data_dir is None:
             raise ValueError(
-                f"durability is {self.durability} and there is no folder for it; set "
+                f"GRADPOST_DURABILITY is {self.durability} and there is no folder for it; set "
                 "GRADPOST_DATA_DIR too"
             )
         return self
