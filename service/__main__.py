@@ -298,8 +298,11 @@ def _backup(options: argparse.Namespace) -> int:
 
 def _live_backup(path: Path, to: Path) -> int:
     """Has the server that holds the folder make the copy, and moves it where it is wanted."""
-    if to.exists() or not to.absolute().parent.is_dir():
-        print(f"{to} exists already, or there is no folder for it.", file=sys.stderr)
+    if to.exists():
+        print(f"{to} exists already; name another folder.", file=sys.stderr)
+        return 2
+    if not to.absolute().parent.is_dir():
+        print(f"There is no folder {to.absolute().parent}; make it first.", file=sys.stderr)
         return 2
     settings = Settings()
     key = settings.api_key
@@ -311,8 +314,9 @@ def _live_backup(path: Path, to: Path) -> int:
         found = json.loads(answer.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         print(
-            f"{path} is held by a server, and the one at GRADPOST_HOST and GRADPOST_PORT (or "
-            f"GRADPOST_UDS) does not answer: {error}",
+            f"{path} is held by a server, and none answers at {settings.uds or settings.host}"
+            f"{'' if settings.uds else f':{settings.port}'}; set GRADPOST_HOST and GRADPOST_PORT, "
+            f"or GRADPOST_UDS, as that server has them ({error}).",
             file=sys.stderr,
         )
         return 2
@@ -332,6 +336,8 @@ def _live_backup(path: Path, to: Path) -> int:
     for one in found["damaged"]:
         print(f"{one['session']}: {one['what']} ({one['where']})")
     print(f"{to} is a backup of {path}: {found['bytes']} bytes, {found['sessions']} sessions.")
+    if found["left_out"]:
+        print(f"{found['left_out']} sessions of durability none are on no disk, and not in it.")
     return 1 if found["damaged"] else 0
 
 

@@ -150,7 +150,7 @@ async def _take_up(sessions: Sessions, disk: Disk, pending: Pending) -> None:
     """One session; one that can't be had stops no other."""
     name = pending.row.id
     try:
-        session = await disk.run(partial(recovery.revive, sessions.shared, disk, pending))
+        found = await disk.run(partial(recovery.revive, sessions.shared, disk, pending))
     except (Damaged, MemoryError) as error:
         what, where = (error.what, error.where) if isinstance(error, Damaged) else (
             f"there is no memory for it ({error})", pending.row.snapshot
@@ -161,9 +161,12 @@ async def _take_up(sessions: Sessions, disk: Disk, pending: Pending) -> None:
         sessions.refuse(Damage(name, f"unexpectedly: {error!r}; see the log", pending.row.snapshot))
         disk.log.error("a session can't be recovered", session=name, exc_info=error)
     else:
+        session, is_cut = found
         sessions.adopt(session)
-        disk.log.info(
-            "recovered", session=name, step=session.step, epoch=session.epoch,
+        tell = disk.log.warning if is_cut else disk.log.info
+        tell(
+            "recovered to an earlier snapshot, in a new epoch" if is_cut else "recovered",
+            session=name, step=session.step, epoch=session.epoch,
             version=session.version,
         )  # fmt: skip
 

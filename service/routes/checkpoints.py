@@ -6,7 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse, JSONResponse
 
-from gradpost.protocol import SAFETENSORS
+from gradpost.protocol import JSON, SAFETENSORS
+from service.errors import UnsupportedMediaType
 from service.routes import reading
 from service.routes.documents import (
     BODY,
@@ -73,7 +74,7 @@ async def make(id: str, request: Request) -> Response:
     if request.headers.get("content-length", "0") != "0":
         found = await reading.document(request)
         fields = reading.checked_fields(found, ("name",))
-        name = None if fields.get("name") is None else check_checkpoint(fields["name"])
+        name = None if fields.get("name") is None else check_checkpoint(fields["name"], "name")
     made, new = await checkpoints.make(session, name)
     return JSONResponse(
         _info(made),
@@ -197,6 +198,11 @@ async def _taken(request: Request, session: Session) -> tuple[reading.Upload, st
         raise invalid(unknown[0][:80], "Not known here; a restore takes scope.")
     media.check_encoding(request.headers.get("content-encoding"))
     form = media.parse_content_type(request.headers.get("content-type"))
+    if form.kind == "raw":
+        raise UnsupportedMediaType(
+            f"A checkpoint names its tensors; send it as {SAFETENSORS}, or name one in JSON.",
+            accepted=[SAFETENSORS, JSON],
+        )
     if form.kind != "json":
         return await reading.checkpoint(request), _scope(asked.get("scope", "full"))
     fields = reading.checked_fields(await reading.document(request), ("checkpoint", "scope"))

@@ -82,7 +82,9 @@ async def backup(request: Request) -> JSONResponse:
     name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     if request.headers.get("content-length", "0") != "0":
         fields = reading.checked_fields(await reading.document(request), ("name",))
-        name = check_checkpoint(fields.get("name", name))
+        name = check_checkpoint(fields.get("name", name), "name")
+    sessions = request.app.state.sessions
+    await sessions.save(everything=True)  # of sessions without a log a copy has what is saved
     to, made = await disk.backup(name)
     return JSONResponse(
         {
@@ -91,6 +93,7 @@ async def backup(request: Request) -> JSONResponse:
             "sessions": len(made.sessions),
             "checkpoints": made.checkpoints,
             "damaged": [one._asdict() for one in made.damaged],
+            "left_out": sessions.lost,
         },
         status_code=201,
     )

@@ -85,6 +85,7 @@ class BackupInfo(BaseModel):
     sessions: int
     checkpoints: int
     damaged: list[dict[str, str]] = Field(description="What is damaged there as it is here.")
+    left_out: int = Field(description="Sessions of durability none, which are on no disk.")
 
 
 class LayoutEntry(BaseModel):

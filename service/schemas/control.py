@@ -201,17 +201,19 @@ def check_worker(value: str) -> str:
     return value
 
 
-def check_checkpoint(value: object) -> str:
-    """The name of a checkpoint.
+def check_checkpoint(value: object, field: str = "checkpoint") -> str:
+    """The name of a checkpoint, or of a backup.
 
     Raises:
         InvalidRequest: Not 1 to 128 letters, digits, dots, dashes and underscores.
     """
+    if value is None:
+        raise invalid(field, "Missing: a name.")
     if not isinstance(value, str) or not _ID.fullmatch(value):
         raise invalid(
-            "checkpoint",
-            "A checkpoint's name is 1 to 128 letters, digits, dots, dashes or _, and begins with a "
-            "letter or digit.",
+            field,
+            "A name is 1 to 128 letters, digits, dots, dashes or _, and begins with a letter or "
+            "digit.",
         )
     return value
 

@@ -39,6 +39,7 @@ class Contents(NamedTuple):
         params: Without their prefix.
         state: Named <slot>/<tensor>.
         step: Updates of the session.
+        rule: As `image.rule_of` has it.
         counts: Updates of each tensor.
         scalars: Of each tensor's rule, in its order.
     """
@@ -46,6 +47,7 @@ class Contents(NamedTuple):
     params: list[Tensor]
     state: list[Tensor]
     step: int
+    rule: str
     counts: dict[str, int]
     scalars: dict[str, list[float]]
 
@@ -213,15 +215,15 @@ def parse(tensors: list[Tensor], facts: Mapping[str, Any], scope: str) -> Conten
     ]
     others = [one for one in tensors if not one[0].startswith(PARAMS) and one[0] != image.LEDGER]
     if scope == "params":
-        return Contents(params, [], 0, {}, {})
+        return Contents(params, [], 0, "", {}, {})
     try:
         found = json.loads(facts["gradpost"])
         names = [str(row[0]) for row in found["layout"]]
         counts = [_count(value) for value in found["counts"]]
         scalars = [[float(value) for value in row] for row in found["scalars"]]
         return Contents(
-            params, others, _count(found["step"]), dict(zip(names, counts, strict=True)),
-            dict(zip(names, scalars, strict=True)),
+            params, others, _count(found["step"]), str(found["rule"]),
+            dict(zip(names, counts, strict=True)), dict(zip(names, scalars, strict=True)),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, IndexError, RecursionError, OverflowError):
         raise invalid(

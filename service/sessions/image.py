@@ -61,6 +61,7 @@ class Facts(NamedTuple):
         epoch: At the moment of the image.
         version: Likewise.
         step: Likewise.
+        rule: Of the session; of all groups, in order, where they have others.
         layout: Name, dtype as uploaded, shape and group of each tensor; None without parameters.
         counts: Updates of each tensor, in layout order.
         scalars: Of each tensor's rule, in layout order.
@@ -78,6 +79,7 @@ class Facts(NamedTuple):
     epoch: int
     version: int
     step: int
+    rule: str
     layout: list[tuple[str, str, list[int], int]] | None
     counts: list[int]
     scalars: list[list[float]]
@@ -164,6 +166,7 @@ def of(session: "Session", standing: Standing, kernel_rev: str, *, ledger: bool 
         epoch=standing.at.epoch,
         version=standing.at.version,
         step=standing.at.step,
+        rule=rule_of(spec),
         layout=None if arena is None else [(e.name, e.dtype, list(e.shape), e.group)
                                            for e in entries],
         counts=[run.updates for run in runs],
@@ -176,6 +179,11 @@ def of(session: "Session", standing: Standing, kernel_rev: str, *, ledger: bool 
     if standing.state is not None:
         whole = (standing.flat, *standing.state)
     return Image(facts, rows(arena, spec.dtype), whole, contents)
+
+
+def rule_of(spec: Spec) -> str:
+    """The rule of a session; where groups have others, all of them, in the order of the groups."""
+    return "+".join(dict.fromkeys(one.optimizer.rule for one in terms(spec)))
 
 
 def stated(model: Spec | Group) -> dict[str, Any]:

@@ -26,8 +26,11 @@ from service.storage.header import Header, Kind
 from service.storage.recovery import Pending, Record, Recovered
 
 
-def revive(shared: Shared, disk: Disk, pending: Pending) -> Session:
+def revive(shared: Shared, disk: Disk, pending: Pending) -> tuple[Session, bool]:
     """Takes up one session. Waits for the disk; in no thread of the pool.
+
+    Returns:
+        The session, and whether it begins an epoch: steps behind its snapshot may be lost.
 
     Raises:
         Damaged: What was acknowledged can't be had again; nothing was touched.
@@ -53,7 +56,7 @@ def revive(shared: Shared, disk: Disk, pending: Pending) -> Session:
             raise
         what = error.detail if isinstance(error, ServiceError) else f"{error!r}"
         raise Damaged(f"it can't be brought back: {what}", found.row.snapshot) from error
-    return session
+    return session, at.epoch != loaded.facts.epoch
 
 
 def _position(found: Recovered, facts: image.Facts) -> Position:

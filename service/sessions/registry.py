@@ -260,9 +260,9 @@ class Sessions:
         """How many of them a stop ends."""
         return len(self._alive) - len(self.durable())
 
-    async def save(self) -> None:
-        """Makes the snapshots that are due by time."""
-        interval = self.shared.settings.snapshot_interval_s
+    async def save(self, *, everything: bool = False) -> None:
+        """Makes the snapshots that are due by time, or those of all that has changed."""
+        interval = 0.0 if everything else self.shared.settings.snapshot_interval_s
         for _, durable in self.durable():
             if durable.is_due and time.monotonic() - durable.saved_at >= interval:
                 await durable.snapshot()

@@ -188,7 +188,9 @@ class Session:
         if epoch < at.epoch:
             raise EpochChanged(
                 f"The gradient was computed in epoch {epoch} and the session is in epoch "
-                f"{at.epoch}: its parameters or state were replaced. Pull and compute again.",
+                f"{at.epoch}: its parameters or state were replaced, or it came back from an "
+                "earlier snapshot. Pull, compute again, and state the base version as "
+                f'"{at.epoch}-{at.version}".',
                 base_version=f"{epoch}-{base}",
                 **where,
                 **self._survived(control.worker),

@@ -12,6 +12,8 @@ import numpy as np
 
 from kernels import reduce
 from service.errors import AverageMissing, Nonfinite, TensorMismatch
+from service.schemas.refusals import invalid
+from service.sessions import image
 from service.sessions import runs as stretches
 from service.sessions.arena import Arena, Array, Piece, Tensor, by_entry, check_known, counts
 from service.sessions.image import Standing
@@ -62,7 +64,7 @@ def export_state(session: "Session") -> Program[tuple[dict[str, object], list[Pi
 
 def rule_of(session: "Session") -> str:
     """The rule of a session; where groups have others, all of them, in the order of the groups."""
-    return "+".join(dict.fromkeys(one.optimizer.rule for one in session.terms))
+    return image.rule_of(session.spec)
 
 
 def _scalars(arena: Arena) -> dict[str, dict[str, float]]:
@@ -110,6 +112,12 @@ def restore(
         session.check_first()
     if not contents.params:
         raise TensorMismatch("The checkpoint holds no parameters; send one whole.")
+    if contents.rule != (ours := rule_of(session)):
+        raise invalid(
+            "rule",
+            f"The checkpoint is of rule {contents.rule[:80]} and the session's is {ours}; restore "
+            "its params only.",
+        )
     fresh = session.arena is None
     if session.arena is None:
         arena, target = yield from first(session, contents.params)

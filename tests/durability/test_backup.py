@@ -131,3 +131,15 @@ def test_the_command_asks_the_server_that_holds_the_folder(scratch):
     )  # fmt: skip
     assert check.returncode == 0, check
     assert "m: snapshot of record 1" in check.stdout
+
+
+def test_what_is_only_in_memory_is_saved_first_or_said_to_be_left_out(start):
+    server = start()
+    make(server, durability="snapshot")
+    make(server, name="n", durability="none")
+    push_some(server, 3)
+    found = server.call("POST", "/v1/server/backup", {"name": "one"}).json
+    assert (found["sessions"], found["left_out"]) == (1, 1)
+    again = start("data-backups/one")
+    assert again.state_of()["at"].step == 3
+    assert again.state_of()["params"] == server.state_of()["params"]

@@ -137,7 +137,8 @@ class Checkpoints:
 
         Raises:
             CheckpointUnknown: There is none of this name.
-            TensorMismatch: It is of another model or rule, or has no state and the scope is full.
+            TensorMismatch: It is of another model, or has no state and the scope is full.
+            InvalidRequest: It is of another rule and the scope is full.
         """
         if (name is None) == (file is None):
             raise ValueError("Name a checkpoint of the session, or give a file; not both.")
