@@ -62,8 +62,8 @@ bench: $(TORCH)/.ready ## the same at length, beside torch
 
 crash: $(VENV)/.ready ## 1,200 kills, 100,000 power cuts, 10,000 flipped bits; half an hour
 	$(PY) -m tests.crash.run --kills 1200
-	CRASH_SCALE=50 $(PY) -m pytest -q tests/storage/test_crashes.py -k every_crash
-	CRASH_SCALE=12 $(PY) -m pytest -q tests/storage/test_flips.py
+	CRASH_SCALE=50 $(PY) -m pytest -q --timeout=0 tests/storage/test_crashes.py -k every_crash
+	CRASH_SCALE=12 $(PY) -m pytest -q --timeout=0 tests/storage/test_flips.py
 
 digests: $(VENV)/.ready ## every loop's digest under four processors, beside kernels/revision.py
 	$(PY) -m scripts.digests
