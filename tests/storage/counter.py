@@ -212,11 +212,11 @@ class Promise:
 HARMLESS = ("checkpoints/", "there is no room for the ballast")
 
 
-def restored(path, promise, then=lambda server: None):
-    """Starts the application on a copy of a backup."""
+def restored(path, promise, then=lambda server: None, *, later=1):
+    """Starts the application on a copy of a backup, which is so many epochs later."""
     with Scratch() as root:
         shutil.copytree(path, root / "data")
-        promise.later = 1
+        promise.later = later
         server = Server(None, root / "data", promise, seeded("restored"))
         then(server)
         server.close()

@@ -61,7 +61,7 @@ def test_a_backup_is_the_same_folder(scratch, capsys):
     assert there.pop(scratch / "copy" / "LOCK") == b""
     assert {path.relative_to(scratch / "copy"): data for path, data in there.items()} == here
     assert check.run(scratch / "copy") == 0
-    restored(scratch / "copy", server.promise.copy(), lambda again: again.push("a"))
+    restored(scratch / "copy", server.promise.copy(), lambda again: again.push("a"), later=0)
     assert main(command) == 2
     assert "exists, and a backup replaces nothing" in capsys.readouterr().err
 
