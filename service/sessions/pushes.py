@@ -1,14 +1,11 @@
 """Pushes: from a gradient that was received whole to a summary, once for each key.
 
 A push is *decided* (checks, norm, clipping, coefficients: all that may refuse it) and then
-*applied*. A session that logs makes the decision durable in between: those that wait are decided
-one after another, each on what the one before it will have done, and share one sync.
+*applied*. A session that logs makes the decision durable in between: queue.py.
 """
 
-import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kernels import reduce
-from kernels.pool import Waits
-from service.errors import Nonfinite, ServiceError, TensorMismatch
+from service.errors import Nonfinite, TensorMismatch
 from service.schemas import PushControl, Terms
 from service.sessions import transfer, update
 from service.sessions.arena import Arena, Array
@@ -31,7 +27,6 @@ from service.storage.ring import Slot
 from service.wire.digest import digest
 
 if TYPE_CHECKING:
-    from service.sessions.durable import Durable
     from service.sessions.session import Session
 
 
@@ -100,9 +95,6 @@ class Decided(NamedTuple):
     flat: Array
     work: update.Work | None
     ahead: Ahead
-
-
-# One push
 
 
 def one(session: "Session", gradient: Gradient, *, hold: bool) -> Program[Outcome]:
@@ -343,176 +335,3 @@ def _refuse_nonfinite(
             tensor=name,
             index=index,
         )
-
-
-# Several pushes, one sync
-
-
-class _Queued(NamedTuple):
-    gradient: Gradient
-    hold: bool
-    outcome: asyncio.Future[Outcome]
-    since: float
-
-
-class _Member(NamedTuple):
-    """A push of a group commit."""
-
-    queued: _Queued
-    decided: Decided
-    slot: Slot
-    timing: Timing
-
-
-class Queue:
-    """The pushes of a session that logs, until a program of the lane takes all that wait.
-
-    Used on the event loop; `take` and `put_back` by that program, which runs one at a time.
-    """
-
-    def __init__(self, session: "Session") -> None:
-        self._session = session
-        self._waiting: deque[_Queued] = deque()
-        self._active = False
-
-    def put(self, gradient: Gradient, *, hold: bool) -> "asyncio.Future[Outcome]":
-        """Queues a push; its outcome comes once it is durable and applied."""
-        loop = asyncio.get_running_loop()
-        queued = _Queued(gradient, hold, loop.create_future(), time.perf_counter())
-        self._waiting.append(queued)
-        self.start()
-        return queued.outcome
-
-    def start(self) -> None:
-        """Sends a program to the lane, if there is work and none is on its way."""
-        if self._active or not self._waiting:
-            return
-        self._active = True
-        loop = asyncio.get_running_loop()
-        result = self._session.lane.submit(many(self._session, self, loop), then=self._ended)
-        result.add_done_callback(self._check)
-
-    def _ended(self, is_full: bool) -> None:
-        """After a program: on with what came meanwhile, once there is room for it."""
-        self._active = False
-        durable = self._session.durable
-        assert durable is not None
-        if is_full:
-            durable.make_room()
-        else:
-            if durable.is_half_full():
-                durable.make_room()
-            self.start()
-
-    def _check(self, result: "asyncio.Future[bool]") -> None:
-        """Refuses what waits if the lane takes nothing any more."""
-        error = result.exception()
-        if error is not None:
-            self._active = False
-            self.refuse(error)
-
-    def refuse(self, error: BaseException) -> None:
-        """Ends everything that waits."""
-        while self._waiting:
-            settle(self._waiting.popleft().outcome, None, error)
-
-    def take(self) -> _Queued | None:
-        """The push that has waited longest."""
-        return self._waiting.popleft() if self._waiting else None
-
-    def put_back(self, queued: Sequence[_Queued]) -> None:
-        """Pushes whose turn comes later, in their old order and before all others."""
-        self._waiting.extendleft(reversed(queued))
-
-
-def settle(outcome: "asyncio.Future[Outcome]", value: Outcome | None, error: object) -> None:
-    """Tells the one who waits, on the event loop."""
-    if outcome.done():
-        return
-    if isinstance(error, BaseException):
-        outcome.set_exception(error)
-        outcome.exception()  # whoever asked may have gone; the failure has been counted
-    else:
-        assert value is not None
-        outcome.set_result(value)
-
-
-def many(session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop) -> Program[bool]:
-    """Takes all pushes that wait through one sync.
-
-    Returns:
-        Whether some had to go back because the log is full.
-    """
-    durable = session.durable
-    assert durable is not None
-    members: list[_Member] = []
-    taken: list[_Queued] = []
-    try:
-        is_full = yield from _decide_all(session, durable, queue, loop, members, taken)
-        if members:
-            yield Waits([session.guarded(partial(durable.commit, [m.slot for m in members]))])
-        for member in members:
-            outcome = yield from apply(
-                session, member.decided, member.timing, hold=member.queued.hold
-            )
-            loop.call_soon_threadsafe(session.settled, member.queued.outcome, outcome)
-    except BaseException as error:
-        if members and session.broken is None:
-            session.broken = f"{type(error).__name__} between the log and step {session.step + 1}"
-        for queued in taken:
-            loop.call_soon_threadsafe(settle, queued.outcome, None, error)
-        raise
-    finally:
-        for queued in taken:
-            if queued.gradient.control.key is not None:
-                session.committing.discard(queued.gradient.control.key)
-    return is_full
-
-
-def _decide_all(
-    session: "Session", durable: "Durable", queue: Queue, loop: asyncio.AbstractEventLoop,
-    members: list[_Member], taken: list[_Queued],
-) -> Program[bool]:  # fmt: skip
-    """Decides one push after another, each with a place in the log; refusals go out at once."""
-    later: list[_Queued] = []
-    ahead: Ahead | None = None
-    is_full = False
-    while (queued := queue.take()) is not None:
-        taken.append(queued)  # whatever happens now, it gets an answer
-        key = queued.gradient.control.key
-        if key is not None and key in session.committing:  # a repeat of one in this very group
-            later.append(taken.pop())
-            continue
-        try:
-            session.check_alive()  # the ring of a deleted session has no places, for ever
-        except ServiceError as error:
-            loop.call_soon_threadsafe(settle, queued.outcome, None, error)
-            continue
-        slot = durable.reserve()
-        if slot is None:
-            later.append(taken.pop())
-            is_full = True
-            break
-        if key is not None:
-            session.committing.add(key)
-        started_at = time.perf_counter()
-        try:
-            found = yield from decide(session, queued.gradient, ahead, slot)
-            held = None
-            if isinstance(found, Decided):
-                durable.seal(slot, found.push)
-            elif queued.hold:
-                held = session.ready.versions.hold()
-        except Exception as error:
-            slot.release()
-            loop.call_soon_threadsafe(settle, queued.outcome, None, error)
-            continue
-        if isinstance(found, Summary):
-            slot.release()
-            loop.call_soon_threadsafe(session.settled, queued.outcome, Outcome(found, True, held))
-            continue
-        ahead = found.ahead
-        timing = Timing(started_at, started_at - queued.since)
-        members.append(_Member(queued, found, slot, timing))
-    queue.put_back(later)
-    return is_full

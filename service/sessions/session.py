@@ -34,7 +34,8 @@ from service.sessions.durable import Durable
 from service.sessions.history import History
 from service.sessions.lane import Lane, Program, stopping
 from service.sessions.ledger import Ledger
-from service.sessions.pushes import Gradient, Outcome, Position, Queue
+from service.sessions.pushes import Gradient, Outcome, Position
+from service.sessions.queue import Queue
 from service.sessions.versions import Version
 from service.sessions.waiting import Waiting
 from service.settings import Settings

@@ -392,3 +392,38 @@ def test_a_full_disk_at_the_start_costs_only_who_needs_it(start):
     used = again.app.state.budget.used
     assert used == again.app.state.sessions.get("logs").arena.reserved
     calls.full = False
+
+
+def test_an_unexpected_failure_leaves_no_push_waiting(start, monkeypatch):
+    """Not the one it hit, not those before it, not a repeat that had to wait for its first."""
+    calls = Counting()
+    server = start(files=calls)
+    session = make(server)
+    calls.commits, calls.hold = 0, True
+    reserve, counted = session.durable.reserve, []
+
+    def fails():
+        counted.append(True)
+        if len(counted) == 2:
+            raise RuntimeError("no place")
+        return reserve()
+
+    key = {"worker": "w", "sequence": 1, "base_version": 1}
+    with ThreadPoolExecutor(9) as threads:
+        first = threads.submit(server.push, worker="a", sequence=1, base_version=1)
+        while not calls.commits:
+            pass
+        rest = [threads.submit(server.push, **key) for _ in range(2)]
+        while len(session.queue._waiting) < 2:
+            pass
+        rest.append(threads.submit(server.push, worker="b", sequence=1, base_version=1))
+        while len(session.queue._waiting) < 3:
+            pass
+        monkeypatch.setattr(session.durable, "reserve", fails)
+        calls.held.set()
+        assert first.result(60).status == 200
+        assert [one.result(60).status for one in rest] == [500] * 3
+    assert (session.step, session.broken) == (1, None)  # nothing of them was durable
+    monkeypatch.undo()
+    assert server.push(**key).json["step"] == 2
+    assert session.durable.journal.ring.free()[1] == 3

@@ -1,0 +1,218 @@
+"""The pushes of a session that logs: those that wait are made durable together, by one sync.
+
+They are decided one after another, each on what the one before it will have done, before any of
+them is durable or applied (docs/decisions/0016).
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from kernels.pool import Waits
+from service.errors import ServiceError
+from service.sessions.lane import Program
+from service.sessions.ledger import Summary
+from service.sessions.pushes import Ahead, Decided, Gradient, Outcome, Timing, apply, decide
+from service.storage.ring import Slot
+
+if TYPE_CHECKING:
+    from service.sessions.durable import Durable
+    from service.sessions.session import Session
+
+
+class _Queued(NamedTuple):
+    gradient: Gradient
+    hold: bool
+    outcome: asyncio.Future[Outcome]
+    since: float
+
+
+class _Member(NamedTuple):
+    """A push of a group commit."""
+
+    queued: _Queued
+    decided: Decided
+    slot: Slot
+    timing: Timing
+
+
+@dataclass
+class _Group:
+    """The pushes of one sync, as they are taken from the queue.
+
+    Attributes:
+        taken: All that this group has to answer.
+        members: Those that are decided, in order.
+        later: Those whose turn comes with the next group.
+    """
+
+    taken: list[_Queued] = field(default_factory=list)
+    members: list[_Member] = field(default_factory=list)
+    later: list[_Queued] = field(default_factory=list)
+
+
+class Queue:
+    """The pushes of a session that logs, until a program of the lane takes all that wait.
+
+    Used on the event loop; `take` and `put_back` by that program, which runs one at a time.
+    """
+
+    def __init__(self, session: "Session") -> None:
+        self._session = session
+        self._waiting: deque[_Queued] = deque()
+        self._active = False
+
+    def put(self, gradient: Gradient, *, hold: bool) -> "asyncio.Future[Outcome]":
+        """Queues a push; its outcome comes once it is durable and applied."""
+        loop = asyncio.get_running_loop()
+        queued = _Queued(gradient, hold, loop.create_future(), time.perf_counter())
+        self._waiting.append(queued)
+        self.start()
+        return queued.outcome
+
+    def start(self) -> None:
+        """Sends a program to the lane, if there is work and none is on its way."""
+        if self._active or not self._waiting:
+            return
+        self._active = True
+        loop = asyncio.get_running_loop()
+        result = self._session.lane.submit(many(self._session, self, loop), then=self._ended)
+        result.add_done_callback(self._check)
+
+    def _ended(self, is_full: bool) -> None:
+        """After a program: on with what came meanwhile, once there is room for it."""
+        self._active = False
+        durable = self._session.durable
+        assert durable is not None
+        if is_full:
+            durable.make_room()
+        else:
+            if durable.is_half_full():
+                durable.make_room()
+            self.start()
+
+    def _check(self, result: "asyncio.Future[bool]") -> None:
+        """Refuses what waits if the lane takes nothing any more."""
+        error = result.exception()
+        if error is not None:
+            self._active = False
+            self.refuse(error)
+
+    def refuse(self, error: BaseException) -> None:
+        """Ends everything that waits."""
+        while self._waiting:
+            refuse(self._waiting.popleft().outcome, error)
+
+    def take(self) -> _Queued | None:
+        """The push that has waited longest."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def put_back(self, queued: Sequence[_Queued]) -> None:
+        """Pushes whose turn comes later, in their old order and before all others."""
+        self._waiting.extendleft(reversed(queued))
+
+
+def refuse(outcome: "asyncio.Future[Outcome]", error: BaseException) -> None:
+    """Tells the one who waits that it failed, on the event loop."""
+    if not outcome.done():
+        outcome.set_exception(error)
+        outcome.exception()  # whoever asked may have gone; the failure has been counted
+
+
+def many(session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop) -> Program[bool]:
+    """Takes all pushes that wait through one sync.
+
+    Returns:
+        Whether some had to go back because the log is full.
+    """
+    durable = session.durable
+    assert durable is not None
+    group, committed = _Group(), False
+    try:
+        try:
+            is_full = yield from _decide_all(session, durable, queue, loop, group)
+        finally:
+            queue.put_back(group.later)
+        if group.members:
+            committed = True
+            slots = [member.slot for member in group.members]
+            yield Waits([session.guarded(partial(durable.commit, slots))])
+        for member in group.members:
+            outcome = yield from apply(
+                session, member.decided, member.timing, hold=member.queued.hold
+            )
+            loop.call_soon_threadsafe(session.settled, member.queued.outcome, outcome)
+    except BaseException as error:
+        if not committed:  # nothing has happened
+            for member in group.members:
+                member.slot.release()
+        elif session.broken is None:
+            session.broken = f"{type(error).__name__} between the log and step {session.step + 1}"
+        for queued in group.taken:
+            loop.call_soon_threadsafe(refuse, queued.outcome, error)
+        raise
+    finally:
+        for queued in group.taken:
+            if queued.gradient.control.key is not None:
+                session.committing.discard(queued.gradient.control.key)
+    return is_full
+
+
+def _decide_all(
+    session: "Session", durable: "Durable", queue: Queue, loop: asyncio.AbstractEventLoop,
+    group: _Group,
+) -> Program[bool]:  # fmt: skip
+    """Decides one push after another, each with a place in the log; refusals go out at once.
+
+    Args:
+        session: In whose lane this runs.
+        durable: Gives the places.
+        queue: Whose pushes are taken.
+        loop: Where refusals are told.
+        group: Receives them.
+
+    Returns:
+        Whether the log is full.
+    """
+    ahead: Ahead | None = None
+    while (queued := queue.take()) is not None:
+        group.taken.append(queued)  # whatever happens now, it gets an answer
+        key = queued.gradient.control.key
+        if key is not None and key in session.committing:  # a repeat of one in this very group
+            group.later.append(group.taken.pop())
+            continue
+        try:
+            session.check_alive()  # the ring of a deleted session has no places, for ever
+        except ServiceError as error:
+            loop.call_soon_threadsafe(refuse, queued.outcome, error)
+            continue
+        slot = durable.reserve()
+        if slot is None:
+            group.later.append(group.taken.pop())
+            return True
+        if key is not None:
+            session.committing.add(key)
+        started_at = time.perf_counter()
+        try:
+            found = yield from decide(session, queued.gradient, ahead, slot)
+            held = None
+            if isinstance(found, Decided):
+                durable.seal(slot, found.push)
+            elif queued.hold:
+                held = session.ready.versions.hold()
+        except Exception as error:
+            slot.release()
+            loop.call_soon_threadsafe(refuse, queued.outcome, error)
+            continue
+        if isinstance(found, Summary):
+            slot.release()
+            loop.call_soon_threadsafe(session.settled, queued.outcome, Outcome(found, True, held))
+            continue
+        ahead = found.ahead
+        timing = Timing(started_at, started_at - queued.since)
+        group.members.append(_Member(queued, found, slot, timing))
+    return False
