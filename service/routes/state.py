@@ -16,8 +16,8 @@ from service.routes.params import IF_MATCH, expected
 from service.routes.sessions import describe
 from service.schemas import SessionInfo, StateAnswer
 from service.schemas.refusals import invalid
+from service.sessions.image import rule_of
 from service.sessions.session import Session
-from service.sessions.state import rule_of
 from service.wire import json, safetensors
 from service.wire.media import choose_accept
 from service.wire.safetensors import Piece
@@ -151,7 +151,7 @@ def _facts(facts: Any, session: Session) -> tuple[int, dict[str, int], dict[str,
         raise invalid("counts", "The state states counts: each tensor's number of updates.")
     if not isinstance(scalars, dict) or not all(map(_are_numbers, scalars.values())):
         raise invalid("scalars", "Tensor name to an object of finite numbers, as GET state has it.")
-    rule, ours = facts.get("rule"), rule_of(session)
+    rule, ours = facts.get("rule"), rule_of(session.spec)
     if rule is not None and rule != ours:
         raise invalid("rule", f"This is state of another rule; the session's is {ours}.")
     return step, counted, scalars

@@ -10,7 +10,6 @@ import numpy as np
 
 from gradpost.protocol.dtypes import NUMPY
 from gradpost.protocol.tensors import HeaderError, parse_header
-from kernels import revision
 from service.errors import (
     CheckpointExists,
     CheckpointUnknown,
@@ -140,9 +139,8 @@ async def _make(
 
 
 def _copy(session: Session, into: list[Any]) -> Program[Image]:
-    rev = revision.of(one.optimizer.rule for one in session.terms)
     session.ready  # noqa: B018 - refuses a session that was deleted meanwhile
-    made = image.of(session, Standing.of(session), rev, ledger=False)
+    made = image.of(session, Standing.of(session), ledger=False)
     if [array.size for array in made.arrays] != [array.size for array in into]:
         raise Overloaded("A group was added meanwhile; send the same request again.")
     return (yield from image.copied(made, into))

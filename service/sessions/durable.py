@@ -10,14 +10,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from gradpost.protocol.dtypes import DTYPES
-from kernels import revision
 from kernels.pool import Waits
 from service.errors import DiskFull, InvalidRequest, LogFull, ServiceError
-from service.schemas import terms
 from service.sessions import image
 from service.sessions.arena import Arena
 from service.sessions.disk import Disk
@@ -31,7 +29,6 @@ from service.storage.ring import Slot
 if TYPE_CHECKING:
     from service.sessions.session import Session
 
-T = TypeVar("T")
 PAGES = 64
 """Records without payload that a ring holds: patches."""
 EXTRA = 65_536
@@ -84,9 +81,7 @@ class Durable:
         Raises:
             DiskFull: There is no room for them.
         """
-        rules = (one.optimizer.rule for one in session.terms)
-        kernel_rev = revision.of(rules)
-        empty = image.of(session, Standing.of(session), kernel_rev)
+        empty = image.of(session, Standing.of(session))
         logs = session.spec.durability == "log"
         create = partial(
             disk.store.create,
@@ -94,17 +89,12 @@ class Durable:
             uuid=UUID(session.incarnation),
             epoch=session.epoch if logs else session.epoch + 1,
             spec=json.dumps(image.stated(session.spec)),
-            kernel_rev=kernel_rev,
+            kernel_rev=empty.facts.kernel_rev,
             chunks=empty.chunks(),
             reserved=cls.image_bytes(empty),
             shape=None,
         )
         return cls(session, disk, await disk.run(create))
-
-    @property
-    def kernel_rev(self) -> str:
-        """Of the kernels that the session's rules run."""
-        return revision.of(one.optimizer.rule for one in self._session.terms)
 
     @property
     def logs(self) -> bool:
@@ -123,10 +113,13 @@ class Durable:
 
     def begin(self) -> None:
         """Says before anything is promised in which epoch the next recovery goes on."""
-        self._disk.guarded(
-            partial(self.journal.begin, self._epoch(self._session.epoch), self.kernel_rev)
-        )()
+        self._disk.guarded(self._beginning())()
         self._saved = self._mark()
+
+    def _beginning(self, *, final: bool = False) -> Callable[[], None]:
+        session = self._session
+        epoch = self._epoch(session.epoch, final=final)
+        return partial(self.journal.begin, epoch, image.kernel_rev(session.spec))
 
     # Records
 
@@ -205,16 +198,14 @@ class Durable:
             DiskFull: Nothing has changed.
         """
         session, arena = self._session, standing.arena
-        # Of the rules that will hold: a new group may bring one.
-        kernel_rev = revision.of(one.optimizer.rule for one in terms(standing.spec))
-        made = image.of(session, standing, kernel_rev)
+        made = image.of(session, standing)
         reserved = self.image_bytes(made) if grown else None
         shape = shape_of(session, arena) if grown and self.logs and arena is not None else None
         commit = partial(
             self.journal.replace,
             made.chunks(),
             epoch=self._epoch(standing.at.epoch),
-            kernel_rev=kernel_rev,
+            kernel_rev=made.facts.kernel_rev,
             shape=shape,
             reserved=reserved,
         )
@@ -298,7 +289,7 @@ class Durable:
                 captured.number,
                 captured.image.chunks(),
                 epoch=self._epoch(captured.image.facts.epoch, final=final),
-                kernel_rev=self.kernel_rev,
+                kernel_rev=captured.image.facts.kernel_rev,
             )
             if await self._disk.run(write):
                 self._saved = captured.mark
@@ -332,7 +323,7 @@ class Durable:
         def program() -> Program[_Captured | None]:
             if session.deleted or session.broken is not None or session.arena is not arena:
                 return None
-            made = image.of(session, Standing.of(session), self.kernel_rev)
+            made = image.of(session, Standing.of(session))
             number = self.journal.last if self.logs else self.journal.last + 1
             mark = self._mark()
             return _Captured((yield from image.copied(made, into)), number, mark)
@@ -349,8 +340,7 @@ class Durable:
         if self.is_due:
             await self.snapshot(final=True)
         elif not self.logs:
-            epoch = self._epoch(session.epoch, final=True)
-            await self._disk.run(partial(self.journal.begin, epoch, self.kernel_rev))
+            await self._disk.run(self._beginning(final=True))
 
     async def delete(self, epoch: int) -> None:
         """Ends the session on the disk."""

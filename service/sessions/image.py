@@ -23,7 +23,7 @@ import numpy as np
 
 from gradpost.protocol.dtypes import DTYPES
 from gradpost.protocol.tensors import Header, build_header, parse_header
-from kernels import cpu
+from kernels import cpu, revision
 from service.schemas import Group, Spec, parse_group, parse_spec, terms
 from service.sessions import runs as stretches
 from service.sessions.arena import Arena, Array, by_entry, make
@@ -139,13 +139,12 @@ class Image:
         yield ledger
 
 
-def of(session: "Session", standing: Standing, kernel_rev: str, *, ledger: bool = True) -> Image:
+def of(session: "Session", standing: Standing, *, ledger: bool = True) -> Image:
     """The image of a session. Its arrays are the session's own: write it before they change.
 
     Args:
         session: In whose lane this runs.
         standing: What the image shows.
-        kernel_rev: Of the kernels.
         ledger: Whether it holds the pushes that were admitted.
     """
     arena, spec = standing.arena, standing.spec
@@ -155,7 +154,7 @@ def of(session: "Session", standing: Standing, kernel_rev: str, *, ledger: bool 
     entries = () if arena is None else arena.layout.entries
     facts = Facts(
         format=FORMAT,
-        kernel_rev=kernel_rev,
+        kernel_rev=kernel_rev(spec),
         incarnation=session.incarnation,
         created_at=session.created_at,
         made_at=time.time(),
@@ -181,9 +180,19 @@ def of(session: "Session", standing: Standing, kernel_rev: str, *, ledger: bool 
     return Image(facts, rows(arena, spec.dtype), whole, contents)
 
 
+def rules(spec: Spec) -> list[str]:
+    """The rules that a session runs, in the order of its groups."""
+    return list(dict.fromkeys(one.optimizer.rule for one in terms(spec)))
+
+
 def rule_of(spec: Spec) -> str:
-    """The rule of a session; where groups have others, all of them, in the order of the groups."""
-    return "+".join(dict.fromkeys(one.optimizer.rule for one in terms(spec)))
+    """The rule of a session; where groups have others, all of them."""
+    return "+".join(rules(spec))
+
+
+def kernel_rev(spec: Spec) -> str:
+    """Of the kernels that a session runs."""
+    return revision.of(rules(spec))
 
 
 def stated(model: Spec | Group) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from gradpost.protocol.dtypes import DTYPES, NUMPY
-from kernels import revision
 from service.errors import ServiceError
 from service.schemas import parse_spec, with_overrides
 from service.sessions import image, pushes, transfer, update
@@ -67,7 +66,7 @@ def _position(found: Recovered, facts: image.Facts) -> Position:
 
 
 def _check_kernels(session: Session, found: Recovered) -> None:
-    ours = revision.of(one.optimizer.rule for one in session.terms)
+    ours = image.kernel_rev(session.spec)
     if found.records and found.row.kernel_rev != ours:
         raise Damaged(
             f"its log was written by other kernels (revision {found.row.kernel_rev}, and this "

@@ -50,7 +50,7 @@ def export_state(session: "Session") -> Program[tuple[dict[str, object], list[Pi
         "step": session.step,
         "epoch": session.epoch,
         "version": session.version,
-        "rule": rule_of(session),
+        "rule": image.rule_of(session.spec),
         "counts": counts(arena),
     }
     if any(group.rule.scalars for group in arena.groups):
@@ -60,11 +60,6 @@ def export_state(session: "Session") -> Program[tuple[dict[str, object], list[Pi
     copied = yield [array.copy for array in arrays.values()]
     copies = dict(zip(arrays, copied, strict=True))
     return facts, [piece._replace(array=copies[id(piece.array)]) for piece in pieces]
-
-
-def rule_of(session: "Session") -> str:
-    """The rule of a session; where groups have others, all of them, in the order of the groups."""
-    return image.rule_of(session.spec)
 
 
 def _scalars(arena: Arena) -> dict[str, dict[str, float]]:
@@ -112,7 +107,7 @@ def restore(
         session.check_first()
     if not contents.params:
         raise TensorMismatch("The checkpoint holds no parameters; send one whole.")
-    if contents.rule != (ours := rule_of(session)):
+    if contents.rule != (ours := image.rule_of(session.spec)):
         raise invalid(
             "rule",
             f"The checkpoint is of rule {contents.rule[:80]} and the session's is {ours}; restore "
