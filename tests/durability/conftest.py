@@ -5,11 +5,8 @@ tests kill real processes.
 """
 
 import asyncio
-import contextlib
 import itertools
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,8 @@ import pytest
 from service.settings import Settings
 from service.storage.files import Files
 from tests.api.conftest import Api
+from tests.storage.counter import Scratch
 
-SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None
 COPIES = itertools.count()
 
 
@@ -84,16 +81,9 @@ class Server(Api):
         }
 
 
-@contextlib.contextmanager
-def scratch_folder():
-    path = Path(tempfile.mkdtemp(dir=SCRATCH))
-    yield path
-    shutil.rmtree(path)
-
-
 @pytest.fixture
 def scratch():
-    with scratch_folder() as path:
+    with Scratch() as path:
         yield path
 
 

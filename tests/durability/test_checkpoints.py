@@ -11,15 +11,16 @@ from safetensors.numpy import load
 from gradpost.protocol import SAFETENSORS
 from kernels.registry import RULES
 from tests.api.conftest import PARAMS, check_problem
-from tests.durability.conftest import Server, scratch_folder
+from tests.durability.conftest import Server
 from tests.durability.test_recovery import CASES, MATRIX, OPTIONS, make, push_some
+from tests.storage.counter import Scratch
 
 TYPED = {"content_type": SAFETENSORS}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with scratch_folder() as path:
+    with Scratch() as path:
         server = Server(path / "data")
         yield server
         server.close()

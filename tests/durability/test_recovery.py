@@ -7,7 +7,8 @@ import pytest
 
 from kernels.registry import RULES
 from tests.api.conftest import GRADS, PARAMS, check_problem
-from tests.durability.conftest import Server, scratch_folder
+from tests.durability.conftest import Server
+from tests.storage.counter import Scratch
 
 GROUPED = {
     "groups": [{"params": ["b"], "lr": 0.3, "name": "bias"}, {"params": ["s"], "frozen": True}],
@@ -75,7 +76,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def revived():
     """A server with a session of each case, and one that was made of what a crash left of it."""
-    with scratch_folder() as path:
+    with Scratch() as path:
         server = Server(path / "data")
         for rule, name in CASES:
             options = OPTIONS[name]

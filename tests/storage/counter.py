@@ -32,8 +32,10 @@ RESERVED = 2048
 BALLAST = 4096
 GONE = [bytes([1] * 16), bytes([2] * 16)]
 """Incarnations of sessions without durability: only their checkpoints are on the disk."""
-SCRATCH = next((path for path in ("/dev/shm",) if Path(path).is_dir()), None)
-"""Where the folders of simulated crashes are: nothing in them need survive a real one."""
+MEMORY, ROOMY = Path("/dev/shm"), 4 << 30
+SCRATCH = MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOMY else None
+"""Where the folders of simulated crashes are: nothing in them need survive a real one. A container
+may have 64 MB there; then they are where temporary files are."""
 
 
 class Whole(NamedTuple):
