@@ -1,5 +1,6 @@
 """Checkpoints as files: make, list, download, delete; and back into a session."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse, JSONResponse
 
 from gradpost.protocol import JSON, SAFETENSORS
-from service.errors import UnsupportedMediaType
+from service.errors import BadRequest, UnsupportedMediaType
 from service.routes import reading
 from service.routes.documents import (
     BODY,
@@ -38,6 +39,7 @@ from service.wire import media
 router = APIRouter(prefix="/v1/sessions", tags=["checkpoints"])
 
 _NAME = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
+_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
 _SCOPES = ("full", "params")
 _COMMON = (*SESSION, "data-dir-missing")
 
@@ -70,6 +72,8 @@ def _info(checkpoint: Checkpoint) -> dict[str, Any]:
 async def make(id: str, request: Request) -> Response:
     """Parameters and state as they are between two steps, which wait for the copy only."""
     session: Session = request.app.state.sessions.get(id)
+    for asked in request.query_params:
+        raise invalid(asked[:80], "Not known here; a name stands in the body.")
     name = None
     if request.headers.get("content-length", "0") != "0":
         found = await reading.document(request)
@@ -110,11 +114,29 @@ async def download(id: str, name: str, request: Request) -> Response:
     session: Session = request.app.state.sessions.get(id)
     session.check_alive()
     found, path = await checkpoints.verified(session, check_checkpoint(name))
+    _check_range(request.headers.get("range"), found.size)
     return FileResponse(
         path,
         media_type=SAFETENSORS,
         filename=f"{name}.safetensors",
         headers={"ETag": f'"{found.digest.hex()}"', "Cache-Control": "no-cache"},
+    )
+
+
+def _check_range(text: str | None, size: int) -> None:
+    """Refuses what the file can't give: the response would say so in plain text.
+
+    Raises:
+        BadRequest: Not one range inside the file.
+    """
+    match = _RANGE.fullmatch("bytes=0-" if text is None else text)
+    if match is not None:
+        first, last, tail = (int(one) if one else None for one in match.groups())
+        if tail or (first is not None and first < size and (last is None or last >= first)):
+            return
+    raise BadRequest(
+        f"A Range is bytes=FIRST-LAST inside the {size} bytes of the file, or bytes=-COUNT; leave "
+        "it out to get all of it."
     )
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from service.errors import DeviceUnavailable, NotSupportedYet
+from service.errors import DeviceUnavailable, NotSupportedYet, Structural
 from service.hyper import BY_NAME, Optimizer, Strict
 from service.schemas.around import Clip, Ema, Schedule
 from service.schemas.groups import (
@@ -96,7 +96,8 @@ class CreateSession(Spec):
 _VALUES_SOON: dict[tuple[str, ...], dict[Any, str]] = {
     ("update", "mode"): {"sync": _LATER, "bounded": _LATER},
 }
-_STRUCTURAL = ("device", "dtype", "durability", "log_slots")
+_STRUCTURAL = ("device", "dtype")
+_ON_DISK = ("durability", "log_slots")
 _NESTED = ("optimizer", "update")
 
 
@@ -200,6 +201,13 @@ def apply_patch(spec: Spec, patch: object) -> Spec:
     for name in _STRUCTURAL:
         if getattr(changed, name) != getattr(spec, name):
             raise needs_arrays(name)
+    for name in _ON_DISK:
+        if getattr(changed, name) != getattr(spec, name):
+            raise Structural(
+                f"{name} decides which files a session has and is fixed at its creation; create "
+                "another session with it and restore a checkpoint of this one there.",
+                field=name,
+            )
     if (changed.ema is None) != (spec.ema is None):
         raise needs_arrays("ema")
     for old, new in zip(terms(spec), terms(changed), strict=True):

@@ -94,6 +94,12 @@ def test_any_safetensors_library_opens_one(server):
         np.testing.assert_array_equal(found[name], array)
     part = server.call("GET", f"/v1/sessions/file/checkpoints/{made['name']}", range="bytes=8-15")
     assert (part.status, part.body) == (206, reply.body[8:16])
+    path = f"/v1/sessions/file/checkpoints/{made['name']}"
+    assert server.call("GET", path, range="bytes=-4").body == reply.body[-4:]
+    for wrong in ("bytes=99999999-", "bytes=5-4", "bytes=-0", "bytes=0-1,4-5", "abc", "items=0-1"):
+        check_problem(server.call("GET", path, range=wrong), 400, "bad-request")
+    reply = server.call("POST", "/v1/sessions/file/checkpoints?name=x")
+    check_problem(reply, 422, "invalid-request")
 
 
 def test_they_are_listed_made_once_and_deleted(server):
