@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kernels import average, convert, cpu, tensorwise
+from kernels import accumulate, average, convert, cpu, robust, tensorwise
 from kernels.cache import Loop
 from kernels.registry import RULES, Hyper, Scalars
 
@@ -206,6 +206,25 @@ def _averaged(dtype: str) -> Outcome:
     yield mean
 
 
+def _summed(dtype: str, master: str) -> Outcome:
+    total, out = np.zeros(SIZE), np.zeros(SIZE, _STORED[master])
+    for step in range(len(COUNTS)):
+        accumulate.add(total, values(dtype, step), dtype, 0.75 - step, 0, SIZE)
+    yield total
+    accumulate.finish(total, 3.0, out, master, 0, SIZE)
+    yield out
+
+
+def _middle(dtype: str, master: str) -> Outcome:
+    held = [robust.Held(values(dtype, step), dtype, 0.75) for step in range(6)]
+    out = np.zeros(SIZE, _STORED[master])
+    for count in (5, 6):
+        robust.median(held[:count], out, master, 0, SIZE)
+        yield out.copy()
+        robust.trimmed_mean(held[:count], 0.2, out, master, 0, SIZE)
+        yield out.copy()
+
+
 def _all(
     run: Callable[..., Outcome], under: Iterable[tuple[str, Hyper]], *rest: str, **how: bool
 ) -> Outcome:
@@ -247,6 +266,12 @@ def cases() -> Mapping[str, Case]:
         *_tensorwise_cases(),
         *(Case(f"convert {a} {b}", "convert", partial(_converted, a, b)) for a, b in conversions),
         *(Case(f"average {a}", "average", partial(_averaged, a)) for a in GRADIENTS),
+        *(
+            Case(f"{name} {grad} {master}", name, partial(run, grad, master))
+            for name, run in (("accumulate", _summed), ("robust", _middle))
+            for master, grads in GRADIENTS.items()
+            for grad in grads
+        ),
     )
     return {case.name: case for case in found}
 

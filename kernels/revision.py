@@ -59,10 +59,14 @@ DIGESTS: Final[Mapping[str, str]] = {
     "muon": "e0c3f3407c51e3fc",
     "convert": "722323e22315b165",
     "average": "684c11e86cd17706",
+    "accumulate": "194355bbec0b1fca",
+    "robust": "75d3f8d8157109ba",
 }
 """By the name of a scalar function or of a rule per tensor, and of the rest that a replay runs. A
 scalar function has two rows: what every test run compiles of it, and its other loops."""
 
+ROUNDS: Final = ("accumulate", "robust")
+"""What a replay runs where contributions are added, or are sorted."""
 _EVERY: Final = ("convert", "average")
 """What a replay runs under any rule."""
 _FUNCTIONS: Final = {"adamw": "adam"}
@@ -79,7 +83,7 @@ def of(rules: Iterable[str]) -> str:
     what holds of these holds, very likely, of all.
 
     Args:
-        rules: Their names on the wire.
+        rules: Their names on the wire; and of `ROUNDS` what the sessions run of them.
     """
     names = {_FUNCTIONS.get(rule, rule) for rule in rules}
     text = "".join(

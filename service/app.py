@@ -20,6 +20,7 @@ from service.routes import (
     health,
     history,
     params,
+    rounds,
     schedule,
     server,
     sessions,
@@ -76,9 +77,10 @@ def create_app(settings: Settings | None = None, files: Files | None = None) -> 
     app.state.ready.recovering = lambda: app.state.sessions.pending
     app.state.ready.damaged = lambda: [one._asdict() for one in app.state.sessions.damaged.values()]
     metrics.watch(lambda: len(app.state.sessions), lambda: budget.used, lambda: budget.total)
+    metrics.watch_workers(*app.state.sessions.workers())
     errors.install(app)
     # The router matches in order: the hot routes come first.
-    for module in (steps, params, state, history, schedule, groups, workers, checkpoints):
+    for module in (steps, params, state, history, schedule, groups, workers, rounds, checkpoints):
         app.include_router(module.router)
     for module in (sessions, server, health):
         app.include_router(module.router)

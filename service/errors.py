@@ -5,16 +5,18 @@ ServiceError
 ├── 400  BadRequest  InvalidJson
 ├── 401  KeyMissing
 ├── 403  KeyRequired  KeyWrong  OriginRefused
-├── 404  SessionUnknown  NotFound  WorkerUnknown  CheckpointUnknown
+├── 404  SessionUnknown  NotFound  WorkerUnknown  CheckpointUnknown  RoundUnknown
 ├── 405  MethodNotAllowed
 ├── 406  NotAcceptable                       408  RequestTimeout (retry)
 ├── 409  SpecDiffers  Structural  InFlight (retry)  TooOld  WorkerRetired  EpochChanged
 │        VersionUnknown  VersionPending (retry)  StaleGradient  ParamsMissing  AverageMissing
+│        RoundClosed  RoundAbandoned  AlreadyContributed  OverridesDiffer
 │        DeviceUnavailable  DataDirMissing  CheckpointExists  BackupRefused
 ├── 410  SessionGone                         411  LengthRequired
 ├── 412  PreconditionFailed                  413  BodyTooLarge
 ├── 415  UnsupportedMediaType  UnsupportedEncoding
 ├── 422  InvalidRequest  NotSupportedYet  InvalidTensors  TensorMismatch  Nonfinite  KeyReused
+│        NormExceeded
 ├── 429  TooManySessions (retry)  TooManyWorkers  Overloaded (retry)  LogFull (retry)
 ├── 500  Internal (retry)  BackupFailed
 ├── 503  ShuttingDown (retry)  Recovering (retry)  SessionDamaged
@@ -157,6 +159,15 @@ class CheckpointUnknown(ServiceError):
     retryable = False
 
 
+class RoundUnknown(ServiceError):
+    """No such round."""
+
+    slug = "round-unknown"
+    status = 404
+    title = "No such round"
+    retryable = False
+
+
 class NotFound(ServiceError):
     """No such resource."""
 
@@ -271,6 +282,42 @@ class StaleGradient(ServiceError):
     slug = "stale-gradient"
     status = 409
     title = "Gradient too stale"
+    retryable = False
+
+
+class RoundClosed(ServiceError):
+    """The round of this gradient is closed."""
+
+    slug = "round-closed"
+    status = 409
+    title = "The round of this gradient is closed"
+    retryable = False
+
+
+class RoundAbandoned(ServiceError):
+    """The round was abandoned."""
+
+    slug = "round-abandoned"
+    status = 409
+    title = "The round was abandoned"
+    retryable = False
+
+
+class AlreadyContributed(ServiceError):
+    """The worker has contributed to this round."""
+
+    slug = "already-contributed"
+    status = 409
+    title = "The worker has contributed to this round"
+    retryable = False
+
+
+class OverridesDiffer(ServiceError):
+    """The overrides are not those of the round."""
+
+    slug = "overrides-differ"
+    status = 409
+    title = "The overrides are not those of the round"
     retryable = False
 
 
@@ -424,6 +471,15 @@ class Nonfinite(ServiceError):
     slug = "nonfinite"
     status = 422
     title = "Not finite"
+    retryable = False
+
+
+class NormExceeded(ServiceError):
+    """The gradient's norm is above the session's bound."""
+
+    slug = "norm-exceeded"
+    status = 422
+    title = "The gradient's norm is above the session's bound"
     retryable = False
 
 

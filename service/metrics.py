@@ -10,6 +10,8 @@ _BUCKETS_S = (
     *(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
+_ROUND_BUCKETS_S = (1e-3, 0.01, 0.1, 0.5, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 86_400.0)
+_VERSIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
 # A label must not grow with what strangers send.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -76,6 +78,35 @@ class Metrics:
             "Steps after which a parameter was not finite.",
             registry=registry,
         )
+        self.rounds = Counter(
+            "gradpost_rounds", "Rounds that ended, by how.", ("outcome",), registry=registry
+        )
+        self.round_seconds = Histogram(
+            "gradpost_round_seconds",
+            "Seconds from the first contribution of a round to its end.",
+            registry=registry,
+            buckets=_ROUND_BUCKETS_S,
+        )
+        self.lateness = Histogram(
+            "gradpost_lateness_seconds",
+            "Seconds by which a contribution came behind the first of its round.",
+            registry=registry,
+            buckets=_ROUND_BUCKETS_S,
+        )
+        self.staleness = Histogram(
+            "gradpost_staleness_versions",
+            "Versions by which the gradient of an applied push was behind.",
+            registry=registry,
+            buckets=_VERSIONS,
+        )
+        self._live = Gauge(
+            "gradpost_live_workers", "Workers whose lease holds, over all sessions.",
+            registry=registry,
+        )  # fmt: skip
+        self._waiting = Gauge(
+            "gradpost_waiting_pushes", "Pushes whose answer waits for other workers.",
+            registry=registry,
+        )  # fmt: skip
         self._sessions = Gauge("gradpost_sessions", "Sessions alive.", registry=registry)
         self._reserved = Gauge(
             "gradpost_memory_reserved_bytes", "Bytes of the budget in use.", registry=registry
@@ -92,6 +123,11 @@ class Metrics:
         self._sessions.set_function(sessions)
         self._reserved.set_function(reserved)
         self._total.set_function(total)
+
+    def watch_workers(self, live: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Names the functions that are asked at each scrape for the gauges of workers."""
+        self._live.set_function(live)
+        self._waiting.set_function(waiting)
 
     def observe_request(
         self, method: str, route: str, status: int, received: int, sent: int, seconds: float
@@ -115,6 +151,19 @@ class Metrics:
         self.steps.inc()
         self.queue_seconds.observe(queue_s)
         self.step_seconds.observe(step_s)
+
+    def observe_staleness(self, versions: int) -> None:
+        """Takes in how far behind the gradient of an applied push was."""
+        self.staleness.observe(versions)
+
+    def observe_lateness(self, seconds: float) -> None:
+        """Takes in by how much a contribution came behind the first of its round."""
+        self.lateness.observe(seconds)
+
+    def round_ended(self, outcome: str, seconds: float) -> None:
+        """Counts a round: applied, skipped or abandoned, after so many seconds."""
+        self.rounds.labels(outcome).inc()
+        self.round_seconds.observe(max(0.0, seconds))
 
     def replay(self) -> None:
         """Counts a repeated push that was answered from the ledger."""

@@ -15,9 +15,10 @@ from gradpost.protocol.versions import etag
 from service.answers import TensorAnswer
 from service.errors import InvalidRequest, NotAcceptable, Overloaded
 from service.limits import Budget
+from service.sessions.contributions import told
 from service.sessions.conversion import Packed, converted
 from service.sessions.lane import in_pool
-from service.sessions.pushes import Outcome
+from service.sessions.ledger import Contributed, Summary
 from service.sessions.session import Session, Shared
 from service.sessions.versions import Version
 from service.wire import json, raw, safetensors
@@ -70,18 +71,33 @@ def wanted(media: Media, names: tuple[str, ...] | None, dtype: str | None) -> Wa
     return Wanted(media, names, dtype)
 
 
-def summary_text(outcome: Outcome) -> str:
+def summary_text(summary: Summary, *, replayed: bool, ahead: bool | None = None) -> str:
     """What a push did, as JSON."""
-    return plain_json.dumps(outcome.summary.answer(replayed=outcome.replayed))
+    return plain_json.dumps(summary.answer(replayed=replayed, ahead=ahead))
 
 
-def summary_answer(session: Session, outcome: Outcome) -> Response:
+def summary_answer(
+    session: Session, summary: Summary, *, replayed: bool, ahead: bool | None = None
+) -> Response:
     """The JSON answer to a push without parameters."""
     return Response(
-        summary_text(outcome),
+        summary_text(summary, replayed=replayed, ahead=ahead),
         headers={
-            **_numbers(outcome.summary.epoch, outcome.summary.version, outcome.summary.step),
+            **_numbers(summary.epoch, summary.version, summary.step),
             "Content-Type": JSON,
+        },
+    )
+
+
+def open_answer(session: Session, fate: Contributed, *, replayed: bool) -> Response:
+    """The answer to a contribution whose round is open: its end is at Location."""
+    return Response(
+        plain_json.dumps(told(session, fate, replayed=replayed)),
+        status_code=202,
+        headers={
+            **_numbers(session.epoch, session.version, session.step),
+            "Content-Type": JSON,
+            "Location": f"/v1/sessions/{session.id}/rounds/{fate.round}",
         },
     )
 

@@ -80,6 +80,7 @@ def header(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any
 
 VERSION = {"type": "string", "pattern": "^([0-9]{1,18}-)?[0-9]{1,18}$"}
 COUNT = {"type": "integer", "minimum": 0, "maximum": (1 << 63) - 1}
+WORKER = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"}
 PREFER = header(
     "Prefer",
     "`wait=SECONDS`: how long to wait; `return=representation`: parameters in the answer.",

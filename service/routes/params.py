@@ -16,13 +16,21 @@ from service.routes.documents import (
     SESSION,
     TENSOR_MEDIA,
     VERSION,
+    WORKER,
     body,
     header,
     query,
     refusals,
 )
 from service.routes.sessions import describe
-from service.schemas import ParamsAnswer, SessionInfo, one_of_each, parse_base, parse_prefer
+from service.schemas import (
+    ParamsAnswer,
+    SessionInfo,
+    check_worker,
+    one_of_each,
+    parse_base,
+    parse_prefer,
+)
 from service.schemas.refusals import invalid
 from service.sessions.session import Base, Session
 from service.wire.media import choose_accept
@@ -87,6 +95,7 @@ def expected(request: Request, session: Session) -> Base | None:
                 "`ema`: the average of the parameters, where the session keeps one.",
                 {"type": "string", "enum": ["params", "ema"]},
             ),
+            query("worker", "Who pulls; its lease is renewed.", WORKER),
             query("min_version", "The least version to answer with.", VERSION),
             PREFER,
             header("If-None-Match", "The ETag of a pull before.", {"type": "string"}),
@@ -100,11 +109,14 @@ async def pull(id: str, request: Request) -> Response:
     pairs = request.query_params.multi_items()
     asked = one_of_each(pairs, many=("names",))
     names = tuple(value for name, value in pairs if name == "names") or None
-    unknown = sorted(asked.keys() - {"dtype", "min_version", "of"})
+    unknown = sorted(asked.keys() - {"dtype", "min_version", "of", "worker"})
     if unknown:
         raise invalid(
-            unknown[0][:80], "Not known here; a pull takes names, dtype, min_version and of."
+            unknown[0][:80],
+            "Not known here; a pull takes names, dtype, min_version, of and worker.",
         )
+    if "worker" in asked:
+        session.members.renew(check_worker(asked["worker"]))
     if asked.get("of", "params") not in ("params", "ema"):
         raise invalid("of", "params (or leave it out), or ema, the average of the parameters.")
     want = wanted(choose_accept(request.headers.get("accept")), names, asked.get("dtype"))
@@ -125,7 +137,7 @@ async def pull(id: str, request: Request) -> Response:
     reached = at_least is None or (session.epoch, session.version) >= at_least
     if reached and not_modified(request, current):
         return Response(status_code=304, headers={"ETag": current, "Vary": "Accept, Prefer"})
-    version = await session.hold(at_least, wait)
+    version = await session.hold(at_least, wait or 0.0)
     if want.average:
         session.release(version)  # what was waited for is there; the average is copied now
         return await average_answer(session, want, state.budget)

@@ -13,6 +13,7 @@ from service.connection import body as stream
 from service.errors import InvalidRequest, TensorMismatch, UnsupportedMediaType
 from service.limits import Budget
 from service.schemas import PushControl, parse_control
+from service.schemas.refusals import invalid
 from service.sessions.arena import Arena, Tensor
 from service.sessions.lane import in_pool
 from service.sessions.layout import Layout
@@ -91,14 +92,37 @@ async def gradient(request: Request, session: Session, query: dict[str, str]) ->
     What can be refused by the head of the request is refused before the body is read.
     """
     media.check_encoding(request.headers.get("content-encoding"))
-    form = media.parse_content_type(request.headers.get("content-type"))
-    if form.kind == "json":
-        return await _json_gradient(request, session, query)
+    bare = "weight" in query and request.headers.get("content-length") == "0"
+    if not bare:
+        form = media.parse_content_type(request.headers.get("content-type"))
+        if form.kind == "json":
+            return await _json_gradient(request, session, query)
     if "overrides" in query:
         query = {**query, "overrides": json.loads(query["overrides"].encode())}
     control = parse_control(query, text=True)
     known = session.precheck(control)
+    if control.is_pass != bare:
+        raise pass_differs(control)
+    if bare:
+        return _pass(control)
     return await _streamed(request, session, control, form, known=known)
+
+
+def pass_differs(control: PushControl) -> InvalidRequest:
+    """The refusal of a pass with a gradient, or of a weight without one."""
+    if control.is_pass:
+        return invalid(
+            "weight", "A weight of 0 is a pass and has no gradient: leave it out, or weigh it more."
+        )
+    return invalid("weight", "There is no gradient; only a pass (weight 0) goes without.")
+
+
+def _pass(control: PushControl) -> Gradient:
+    return Gradient(np.empty(0, np.float32), "F32", control, _nothing)
+
+
+def _nothing() -> None:
+    """Gives nothing back: a pass has no buffer."""
 
 
 def _anything(entry: object) -> bool:
@@ -167,13 +191,18 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
     session.check_alive()
     found = await _json(request)
     length = int(request.headers["content-length"])
-    if not isinstance(found, dict) or "grads" not in found:
+    passes = isinstance(found, dict) and "weight" in found and "grads" not in found
+    if not isinstance(found, dict) or ("grads" not in found and not passes):
         raise InvalidRequest(
             'A JSON push is an object with "grads": {name: nested lists}.',
             errors=[{"field": "grads", "message": "Missing."}],
         )
     control = parse_control({k: v for k, v in found.items() if k != "grads"}, text=False)
     known = session.precheck(control)
+    if control.is_pass != passes:
+        raise pass_differs(control)
+    if passes:
+        return _pass(control)
     arena = session.ready
     master = session.spec.dtype
     limit = request.app.state.settings.json_elements

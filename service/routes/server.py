@@ -22,7 +22,8 @@ MASTER_DTYPES = ("F32", "F64")
 GRADIENT_DTYPES = ("F64", "F32", "F16", "BF16")
 DURABILITIES = ("none", "snapshot", "log")
 CAPABILITIES = {
-    "update_modes": ["async"],
+    "update_modes": ["async", "sync", "bounded"],
+    "reduce": ["mean", "sum", "trimmed_mean", "median"],
     "on_nonfinite": ["refuse", "skip"],
 }
 

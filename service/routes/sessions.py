@@ -20,6 +20,7 @@ from service.schemas import (
     one_of_each,
     parse_count,
     parse_spec,
+    with_room,
 )
 from service.schemas.around import stated
 from service.schemas.refusals import invalid
@@ -112,7 +113,7 @@ async def _stated(request: Request) -> tuple[Spec, dict[str, Any], list[Tensor] 
     spec, stated = parse_spec(document)
     settings = request.app.state.settings
     if "durability" not in stated:
-        spec = spec.model_copy(update={"durability": settings.durability})
+        spec = with_room(spec.model_copy(update={"durability": settings.durability}))
     limit = settings.json_elements
     tensors = None
     if params is not None:

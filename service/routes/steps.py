@@ -7,7 +7,13 @@ from starlette.types import Scope
 from gradpost.protocol import JSON
 from service.errors import ServiceError
 from service.routes import reading
-from service.routes.answering import params_answer, summary_answer, summary_text, wanted
+from service.routes.answering import (
+    open_answer,
+    params_answer,
+    summary_answer,
+    summary_text,
+    wanted,
+)
 from service.routes.documents import (
     BODY,
     COUNT,
@@ -17,11 +23,13 @@ from service.routes.documents import (
     SESSION,
     TENSOR_MEDIA,
     VERSION,
+    WORKER,
     body,
     query,
     refusals,
 )
-from service.schemas import StepSummary, one_of_each, parse_prefer
+from service.schemas import OpenContribution, StepSummary, one_of_each, parse_prefer
+from service.sessions.ledger import Contributed, Summary
 from service.sessions.session import Session
 from service.wire.fit import select
 from service.wire.media import choose_accept
@@ -29,19 +37,20 @@ from service.wire.media import choose_accept
 router = APIRouter(prefix="/v1/sessions", tags=["steps"])
 
 _SCALE = {"type": "number", "minimum": 1e-30, "maximum": 1e30}
+_WEIGHT = {"type": "number", "minimum": 0, "maximum": 1e30}
 _INCARNATION = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _PUSH = {
     "type": "object",
-    "required": ["grads"],
     "properties": {
         "grads": {"type": "object", "description": "Tensor name → nested lists of numbers."},
-        "worker": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+        "worker": WORKER,
         "sequence": COUNT,
         "base_version": {"oneOf": [VERSION, COUNT]},
         "loss": {"type": "number"},
         "grad_scale": _SCALE,
         "overrides": {"type": "object", "additionalProperties": {"type": "object"}},
         "incarnation": _INCARNATION,
+        "weight": _WEIGHT,
     },
 }
 
@@ -58,6 +67,11 @@ _PUSH = {
                 **TENSOR_MEDIA,
             },
         },
+        202: {
+            "description": "Counted; the round is open. Its end is at Location.",
+            "model": OpenContribution,
+            "headers": {"Location": {"schema": {"type": "string"}, "description": "The round."}},
+        },
         **refusals(
             *BODY,
             *SESSION,
@@ -65,6 +79,8 @@ _PUSH = {
             *("epoch-changed", "version-unknown", "version-pending", "stale-gradient"),
             *("params-missing", "invalid-tensors", "tensor-mismatch", "nonfinite", "key-reused"),
             *("too-many-workers", "not-supported-yet", "structural", "log-full", "disk-full"),
+            *("round-closed", "round-abandoned", "already-contributed", "overrides-differ"),
+            *("norm-exceeded",),
         ),
     },
     openapi_extra={
@@ -73,7 +89,7 @@ _PUSH = {
             query(
                 "worker",
                 "Who pushes; with `sequence` it identifies the push.",
-                {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+                WORKER,
             ),
             query("sequence", "A number that this worker has not used.", COUNT),
             query("base_version", "The version the gradient was computed from.", VERSION),
@@ -84,6 +100,7 @@ _PUSH = {
                 "JSON: group name → hyperparameters of this update.",
                 {"type": "string"},
             ),
+            query("weight", "Of a contribution to a round; 0 is a pass, without a body.", _WEIGHT),
             query("incarnation", "Refused if the session was created anew since.", _INCARNATION),
             NAMES,
             DTYPE,
@@ -92,7 +109,10 @@ _PUSH = {
     },
 )
 async def push(id: str, request: Request) -> Response:
-    """Applied whole or not at all, and once for each (`worker`, `sequence`)."""
+    """Applied whole or not at all, and once for each (`worker`, `sequence`).
+
+    In mode sync it joins the open round; with `Prefer: wait` the answer waits for the round's end.
+    """
     state = request.app.state
     session: Session = state.sessions.get(id)
     headers = request.headers
@@ -105,21 +125,35 @@ async def push(id: str, request: Request) -> Response:
         dtype = control.pop("dtype", None)
         names = tuple(value for name, value in pairs if name == "names") or None
     want = wanted(media, names, dtype)
+    mode = session.spec.update.mode
     with_params = media.kind != "json" or prefers.representation
     if names is not None:
         select(session.ready.layout, names)  # after the push nothing may be refused any more
     with state.uploads:
         gradient = await reading.gradient(request, session, control)
-        outcome = await session.push(gradient, hold=with_params)
+        key = gradient.control.key
+        # What waits for others pins no version meanwhile.
+        outcome = await session.push(gradient, hold=with_params and mode == "async")
+        del gradient
+    summary, replayed, ahead = outcome.summary, outcome.replayed, None
+    if mode == "sync" and key is not None:
+        summary = await session.fate(summary, key, prefers.wait_s or 0.0)
+        if isinstance(summary, Contributed):
+            return open_answer(session, summary, replayed=replayed)
+    elif mode == "bounded" and key is not None:
+        cap_s = state.settings.wait_cap_s
+        ahead = await session.turn(key[0], cap_s if prefers.wait_s is None else prefers.wait_s)
+    assert isinstance(summary, Summary)
     if not with_params:
-        return summary_answer(session, outcome)
+        return summary_answer(session, summary, replayed=replayed, ahead=ahead)
     try:
         held = outcome.held or await session.hold(None, state.settings.wait_cap_s)
-        return await params_answer(session, held, want, summary_text(outcome))
+        text = summary_text(summary, replayed=replayed, ahead=ahead)
+        return await params_answer(session, held, want, text)
     except ServiceError:
         # A 4xx says that nothing changed. This push was applied, and only its parameters can't be
         # given in the form that was asked for: the summary alone says so, and a pull says why.
-        return summary_answer(session, outcome)
+        return summary_answer(session, summary, replayed=replayed, ahead=ahead)
 
 
 class _Named(Route):

@@ -6,15 +6,18 @@ from service.schemas.answers import (
     CheckpointList,
     HistoryAnswer,
     LayoutEntry,
+    OpenContribution,
     ParamsAnswer,
     PatchedSession,
     Problem,
+    RoundAnswer,
     ScheduleAnswer,
     SessionInfo,
     SessionList,
     StateAnswer,
     StepSummary,
     WorkerAnswer,
+    WorkerList,
 )
 from service.schemas.control import (
     Prefer,
@@ -32,12 +35,13 @@ from service.schemas.groups import DEFAULT, Group, Terms, parse_group, with_over
 from service.schemas.spec import (
     CreateSession,
     Spec,
-    Update,
     apply_patch,
     diff,
     parse_spec,
     terms,
+    with_room,
 )
+from service.schemas.update import Update
 
 __all__ = [
     "DEFAULT",
@@ -48,11 +52,13 @@ __all__ = [
     "Group",
     "HistoryAnswer",
     "LayoutEntry",
+    "OpenContribution",
     "ParamsAnswer",
     "PatchedSession",
     "Prefer",
     "Problem",
     "PushControl",
+    "RoundAnswer",
     "ScheduleAnswer",
     "SessionInfo",
     "SessionList",
@@ -62,6 +68,7 @@ __all__ = [
     "Terms",
     "Update",
     "WorkerAnswer",
+    "WorkerList",
     "apply_patch",
     "check_checkpoint",
     "check_id",
@@ -76,4 +83,5 @@ __all__ = [
     "parse_spec",
     "terms",
     "with_overrides",
+    "with_room",
 ]

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.hyper import Optimizer
 from service.schemas.around import Clip, Ema, Schedule
-from service.schemas.spec import Update
+from service.schemas.update import Update
 
 
 class Problem(BaseModel):
@@ -35,7 +35,7 @@ class StepSummary(BaseModel):
         description="Of the gradient, divided by grad_scale, before clipping; null if not finite."
     )
     clipped: bool = Field(description="Whether clipping made any gradient smaller.")
-    skipped: Literal["nonfinite"] | None
+    skipped: Literal["nonfinite", "passes"] | None
     params_finite: bool = Field(description="Whether every parameter that was written is finite.")
     update_norm: float | None = Field(
         description="Of the change of all parameters; null unless the session measures norms."
@@ -43,23 +43,108 @@ class StepSummary(BaseModel):
     param_norm: float | None = Field(
         description="Of all parameters after the update; null unless the session measures norms."
     )
-    round: int | None = Field(description="Null; rounds come with update mode sync.")
+    round: int | None = Field(description="Whose update this was; null outside of mode sync.")
+    contributions: int | None = Field(description="Gradients in the round; passes do not count.")
+    ahead: bool | None = Field(
+        description="Whether the worker is too far ahead of the slowest; null outside of bounded."
+    )
+    wire: str | None = Field(description="The lossy form in which the gradient came, if any.")
 
 
-class WorkerAnswer(BaseModel):
-    """Where a worker stands in a session."""
+class OpenContribution(BaseModel):
+    """A push whose round is open."""
+
+    applied: Literal[False]
+    replayed: bool
+    identified: Literal[True]
+    round: int
+    contributions: int = Field(description="Gradients so far.")
+    passes: int
+    missing: int = Field(description="Workers that the round waits for.")
+    step: int
+    epoch: int
+    version: int
+
+
+class Spread(BaseModel):
+    """Of some numbers; null before the first."""
+
+    last: float | None
+    mean: float | None
+    max: float | None
+
+
+class WorkerBrief(BaseModel):
+    """A worker as a list has it."""
 
     worker: str
+    live: bool = Field(description="Whether its lease holds; nobody waits for others.")
+    lease_s: float | None
+    lease_left_s: float
+    joined_at: float | None = Field(description="Seconds since 1970; null if it did not join.")
+    next_sequence: int = Field(description="Above every number that was admitted.")
+    highest: int = Field(description="-1 before the first push.")
+    seen_at: float | None = Field(description="When the last push was admitted.")
+    clock: int | None = Field(description="In mode bounded: applied pushes since it joined.")
+    contributed: bool = Field(description="To the open round.")
+    contributions: int = Field(description="Admitted pushes since the server's start.")
+    passes: int
+    late: int = Field(description="Pushes refused as round-closed or stale-gradient.")
+    staleness: Spread = Field(description="Of its pushes, in versions.")
+    lateness_s: Spread = Field(description="Of its contributions, behind the first of the round.")
+
+
+class WorkerAnswer(WorkerBrief):
+    """Where a worker stands in a session."""
+
     epoch: int
     version: int
     step: int
-    next_sequence: int = Field(description="Above every number that was admitted.")
-    highest: int
+    round: int | None = Field(description="The open round, or the next; null outside of mode sync.")
     ranges: list[tuple[int, int]] = Field(
         description="Admitted numbers among the last 1024, as [first, last], in order."
     )
-    seen_at: float = Field(description="When the last push was admitted, seconds since 1970.")
-    last: StepSummary | None = Field(description="What the push of the highest number did.")
+    last: dict[str, Any] | None = Field(
+        description="What a repeat of its highest number would be answered."
+    )
+
+
+class WorkerList(BaseModel):
+    """The workers of a session."""
+
+    workers: list[WorkerBrief]
+    live: int
+
+
+class RoundMember(BaseModel):
+    """A contribution to a round."""
+
+    worker: str
+    sequence: int
+    weight: float
+    lateness_s: float
+
+
+class RoundAnswer(BaseModel):
+    """A round."""
+
+    round: int
+    status: Literal["open", "applied", "skipped", "abandoned"]
+    reason: str | None = Field(description="Why it ended; null while it is open.")
+    base_version: str = Field(description="Of the parameters that its gradients are of.")
+    step: int = Field(description="After it; of now while it is open.")
+    epoch: int
+    version: int
+    contributions: int
+    passes: int
+    missing: int = Field(description="Workers that it waits for; 0 when it is over.")
+    members: list[RoundMember] | None = Field(
+        description="In order of arrival; null if the server was restarted since."
+    )
+    opened_at: float | None = Field(description="Of the first contribution; seconds since 1970.")
+    closed_at: float | None
+    deadline_in_s: float | None
+    summary: StepSummary | None = Field(description="What its update did.")
 
 
 class CheckpointInfo(BaseModel):

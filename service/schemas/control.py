@@ -15,9 +15,9 @@ _WORKER = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _FIELDS = [
     *("worker", "sequence", "base_version", "loss", "grad_scale", "overrides", "incarnation"),
+    "weight",
 ]
 _SOON = {
-    "weight": "weights of contributions; update mode sync comes later",
     "found_inf": "do not push such a gradient, or create the session with on_nonfinite: skip",
 }
 MOST_GROUPS = 1001
@@ -36,6 +36,13 @@ class PushControl(NamedTuple):
     overrides: str | None = None
     """Canonical JSON text: {group name: {hyperparameter: value}}."""
     incarnation: str | None = None
+    weight: float | None = None
+    """Of a contribution to a round; 0 is a pass, which has no gradient."""
+
+    @property
+    def is_pass(self) -> bool:
+        """Whether there is no gradient with it."""
+        return self.weight == 0
 
     @property
     def key(self) -> tuple[str, int] | None:
@@ -49,13 +56,18 @@ class PushControl(NamedTuple):
         """The control values as bytes, the same for every encoding of the same push."""
         more = (self.grad_scale, self.overrides)
         text = f"{self.base_version} {self.loss!r}"
-        return (text if more == (None, None) else f"{text} {more!r}").encode()
+        if more != (None, None):
+            text = f"{text} {more!r}"
+        if self.weight not in (None, 1.0):
+            text = f"{text} weight {self.weight!r}"
+        return text.encode()
 
 
 class Prefer(NamedTuple):
     """What a Prefer header (RFC 7240) asks for."""
 
-    wait_s: float
+    wait_s: float | None
+    """None: it says nothing of waiting."""
     representation: bool
 
 
@@ -96,6 +108,7 @@ def parse_control(values: Mapping[str, Any], *, text: bool) -> PushControl:
         None if values.get("grad_scale") is None else _scale(values["grad_scale"], text=text),
         None if values.get("overrides") is None else _overrides(values["overrides"]),
         None if values.get("incarnation") is None else _incarnation(values["incarnation"]),
+        None if values.get("weight") is None else _weight(values["weight"], text=text),
     )
 
 
@@ -162,6 +175,16 @@ def _scale(value: Any, *, text: bool) -> float:
     return number
 
 
+def _weight(value: Any, *, text: bool) -> float:
+    number = _number(value, text=text)
+    if not (number == 0 or _SCALES[0] <= number <= _SCALES[1]):
+        raise invalid(
+            "weight", f"A number from {_SCALES[0]:g} to {_SCALES[1]:g}, or 0 for a pass, which has "
+            "no gradient with it."
+        )  # fmt: skip
+    return abs(number)  # -0 is 0
+
+
 def _overrides(value: Any) -> str | None:
     """The canonical text; no group changed is no override."""
     if not isinstance(value, dict) or not all(isinstance(one, dict) for one in value.values()):
@@ -177,7 +200,7 @@ def _overrides(value: Any) -> str | None:
 def parse_prefer(value: str | None, wait_cap_s: float) -> Prefer:
     """Reads a Prefer header; what is not understood is ignored, as RFC 7240 has it."""
     if not value:
-        return Prefer(0.0, False)
+        return Prefer(None, False)
     asked: dict[str, str] = {}
     for item in value.split(","):
         name, _, given = item.partition(";")[0].strip().partition("=")
@@ -185,7 +208,7 @@ def parse_prefer(value: str | None, wait_cap_s: float) -> Prefer:
         asked.setdefault(name.strip().lower(), given.strip().strip('"'))
     wait = asked.get("wait", "")
     patient = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", wait)
-    wait_s = min(float(wait), wait_cap_s) if patient else 0.0
+    wait_s = min(float(wait), wait_cap_s) if patient else None
     representation = asked.get("return", "").lower() == "representation"
     return Prefer(wait_s, representation)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError
 
-from service.errors import DeviceUnavailable, NotSupportedYet, Structural
+from service.errors import DeviceUnavailable, Structural
 from service.hyper import BY_NAME, Optimizer, Strict
 from service.schemas.around import Clip, Ema, Schedule
 from service.schemas.groups import (
@@ -18,26 +18,9 @@ from service.schemas.groups import (
     terms_of,
 )
 from service.schemas.refusals import from_pydantic, invalid
+from service.schemas.update import Update, check_update
 
-_LATER = "other update modes come later; this version has async"
-
-
-class Update(Strict):
-    """When a pushed gradient is applied."""
-
-    soon: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("workers", "quorum", "min_contributions", "on_lost"), _LATER),
-        **dict.fromkeys(("round_timeout_s", "slack", "reduce", "order", "trim"), _LATER),
-        **dict.fromkeys(("max_norm", "weight", "lease_s"), _LATER),
-    }
-    mode: Literal["async"] = Field("async", description="Applied on arrival.")
-    max_staleness: int | None = Field(
-        None, ge=0, lt=1 << 63, description="Versions a gradient may be behind; null: any number."
-    )
-    on_stale: Literal["refuse", "scale"] = Field(
-        "refuse",
-        description="A staler gradient: refused, or its lr divided by 1 + staleness.",
-    )
+MOST_SLOTS = 4096
 
 
 class Spec(Strict):
@@ -46,7 +29,6 @@ class Spec(Strict):
     soon: ClassVar[dict[str, str]] = {
         "overrides": "they belong to a push; state hyperparameters in optimizer and groups",
         "grad_scale": "it belongs to a push",
-        "push": "pseudo-gradients (push: delta); send start - end as a gradient",
         "preset": "state it in optimizer",
     }
     beside: ClassVar[tuple[str, ...]] = ("params",)
@@ -69,6 +51,10 @@ class Spec(Strict):
     device: str = Field("cpu", min_length=1, max_length=64)
     dtype: Literal["F32", "F64"] = Field("F32", description="Of parameters and state.")
     update: Update = Update()
+    push: Literal["gradient", "delta"] = Field(
+        "gradient",
+        description="delta: what is pushed is end - start of local steps; g = -delta.",
+    )
     missing: Literal["refuse", "skip"] = Field(
         "refuse",
         description="A push without some tensors: refused, or those stay as they are.",
@@ -81,7 +67,7 @@ class Spec(Strict):
         description="What a crash leaves: nothing, the last snapshot, every answered change.",
     )
     log_slots: int = Field(
-        16, ge=4, le=4096, description="Pushes that the log holds between two snapshots."
+        16, ge=4, le=MOST_SLOTS, description="Pushes that the log holds between two snapshots."
     )
 
 
@@ -93,10 +79,8 @@ class CreateSession(Spec):
     )
 
 
-_VALUES_SOON: dict[tuple[str, ...], dict[Any, str]] = {
-    ("update", "mode"): {"sync": _LATER, "bounded": _LATER},
-}
-_STRUCTURAL = ("device", "dtype")
+_STRUCTURAL = ("device", "dtype", "push")
+_ROUNDS = ("mode", "reduce", "order")
 _ON_DISK = ("durability", "log_slots")
 _NESTED = ("optimizer", "update")
 
@@ -119,7 +103,7 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
     """
     if not isinstance(obj, dict):
         raise invalid("", 'Send an object, such as {"optimizer": {"rule": "adam"}}.')
-    _refuse_soon(obj)
+    _check_known_rule(obj)
     try:
         spec = Spec.model_validate(obj)
     except ValidationError as error:
@@ -127,8 +111,8 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
     except (OverflowError, RecursionError):
         raise invalid("", "A number does not fit a float64; send finite numbers.") from None
     terms(spec)
-    if spec.update.on_stale == "scale" and spec.update.max_staleness is None:
-        raise invalid("update.on_stale", "scale needs max_staleness: from where on to scale.")
+    check_update(spec.update)
+    spec = with_room(spec)
     if spec.device != "cpu":
         raise DeviceUnavailable(
             f"Device {spec.device!r} is not available: this version computes on the CPU only; "
@@ -139,17 +123,31 @@ def parse_spec(obj: object) -> tuple[Spec, dict[str, Any]]:
     return spec, spec.model_dump(mode="json", exclude_unset=True)
 
 
-def _refuse_soon(obj: dict[str, Any]) -> None:
-    """Refuses values of later versions by name, before pydantic calls them merely wrong."""
-    for path, values in _VALUES_SOON.items():
-        found: Any = obj
-        for name in path:
-            found = found.get(name) if isinstance(found, dict) else None
-        if isinstance(found, str) and found in values:
-            raise NotSupportedYet(
-                f"{'.'.join(path)}: {found} is not supported yet ({values[found]}).",
-                field=".".join(path),
-            )
+def with_room(spec: Spec) -> Spec:
+    """The specification whose log has room for two rounds: their contributions and their ends.
+
+    Raises:
+        InvalidRequest: It states a smaller log, or has more workers than any log has room for.
+    """
+    needed = 2 * (spec.update.workers or 0) + 2
+    if spec.durability != "log" or spec.log_slots >= needed:
+        return spec
+    if "log_slots" in spec.model_fields_set:
+        raise invalid(
+            "log_slots",
+            f"{spec.update.workers} workers need at least {needed}: two rounds of them.",
+        )
+    if needed > MOST_SLOTS:
+        raise invalid(
+            "update.workers",
+            f"A session that logs holds at most {MOST_SLOTS} pushes in its log and so takes "
+            f"{MOST_SLOTS // 2 - 1} workers; take durability snapshot for more.",
+        )
+    return spec.model_copy(update={"log_slots": needed})
+
+
+def _check_known_rule(obj: dict[str, Any]) -> None:
+    """Refuses a rule that there is not, with the nearest one, before pydantic lists them all."""
     optimizer = obj.get("optimizer")
     check_rule(optimizer.get("rule") if isinstance(optimizer, dict) else None, "optimizer.rule")
 
@@ -197,10 +195,14 @@ def apply_patch(spec: Spec, patch: object) -> Spec:
     if isinstance(rule, str) and rule != spec.optimizer.rule:
         check_rule(rule, "optimizer.rule")
         raise needs_arrays("optimizer.rule")
+    _check_mode(spec, base.get("update"))
     changed, _ = parse_spec(base)
     for name in _STRUCTURAL:
         if getattr(changed, name) != getattr(spec, name):
             raise needs_arrays(name)
+    for name in _ROUNDS:
+        if getattr(changed.update, name) != getattr(spec.update, name):
+            raise needs_arrays(f"update.{name}")
     for name in _ON_DISK:
         if getattr(changed, name) != getattr(spec, name):
             raise Structural(
@@ -216,6 +218,13 @@ def apply_patch(spec: Spec, patch: object) -> Spec:
             where = "optimizer" if old.name == DEFAULT else f"groups.{old.name}"
             raise needs_arrays(f"{where}.{field}")
     return changed
+
+
+def _check_mode(spec: Spec, update: object) -> None:
+    """Refuses another mode as such, before its fields are found to be missing."""
+    mode = update.get("mode") if isinstance(update, dict) else None
+    if mode in ("async", "sync", "bounded") and mode != spec.update.mode:
+        raise needs_arrays("update.mode")
 
 
 def _patched_groups(spec: Spec, base: list[dict[str, Any]], patch: object) -> list[dict[str, Any]]:

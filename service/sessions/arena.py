@@ -14,7 +14,7 @@ from gradpost.protocol.dtypes import DTYPES, NUMPY
 from kernels.registry import RULES, Rule, Slot
 from service.errors import TensorMismatch
 from service.limits import Budget
-from service.schemas import Group, Terms
+from service.schemas import Group, Terms, Update
 from service.sessions.gradients import Gradients
 from service.sessions.layout import Entry, Layout, Span
 from service.sessions.runs import Run, whole
@@ -93,6 +93,9 @@ class Arena:
         groups: The default group first.
         gradients: Buffers for pushes.
         average: The exponential average of the parameters, if one is kept.
+        total: The weighted sum of the open round, float64; None where rounds hold contributions,
+            or there are none.
+        reduced: The gradient of a round; None where there are none.
         reserved: Bytes of the budget that all this was reckoned at.
     """
 
@@ -101,6 +104,8 @@ class Arena:
     groups: tuple[Ruled, ...]
     gradients: Gradients
     average: Array | None
+    total: Array | None
+    reduced: Array | None
     reserved: int
 
     @property
@@ -134,6 +139,7 @@ def make(
     *,
     average: bool,
     copied: bool,
+    rounds: Update,
     settings: Settings,
     budget: Budget,
 ) -> Arena:
@@ -145,6 +151,7 @@ def make(
         dtype: Of parameters and state.
         average: Whether an average of the parameters is kept.
         copied: Whether all of it is copied now and then, for snapshots.
+        rounds: Whether there are rounds, and what they keep.
         settings: How many versions there may be.
         budget: Is asked for all of it.
 
@@ -168,6 +175,11 @@ def make(
     # a snapshot a copy of one version, the average and the state.
     reserved = flat_bytes * (3 + average) + state_bytes
     reserved += copied * (flat_bytes * (1 + average) + state_bytes)
+    # A round: its gradient, and the sum of its contributions or, to be held, all of them.
+    has_rounds = rounds.mode == "sync"
+    sums = has_rounds and not rounds.holds
+    held = (rounds.workers or 0) if rounds.holds else 0
+    reserved += has_rounds * flat_bytes + sums * layout.size * 8 + held * flat_bytes
     budget.reserve(reserved)
     kind = np.dtype(NUMPY[dtype])
     try:
@@ -179,8 +191,10 @@ def make(
             layout,
             Versions(layout.size, kind, settings.max_versions, budget, layout),
             groups,
-            Gradients(flat_bytes, budget),
+            Gradients(flat_bytes, budget, 1 + held),
             np.zeros(layout.size, kind) if average else None,
+            np.zeros(layout.size) if sums else None,
+            np.zeros(layout.size, kind) if has_rounds else None,
             reserved,
         )
     except BaseException:

@@ -16,13 +16,13 @@ from uuid import UUID
 from gradpost.protocol.dtypes import DTYPES
 from kernels.pool import Waits
 from service.errors import DiskFull, InvalidRequest, LogFull, ServiceError
-from service.sessions import image
+from service.sessions import contributions, image
 from service.sessions.arena import Arena
 from service.sessions.disk import Disk
 from service.sessions.image import Image, Standing
 from service.sessions.lane import Program
-from service.sessions.records import Push, largest_push, pack_push
-from service.storage.header import META_BYTES, NO_DIGEST, Key, Kind, Shape
+from service.sessions.records import Close, Entry, entry_of, largest_push
+from service.storage.header import META_BYTES, Kind, Shape
 from service.storage.journal import Journal
 from service.storage.ring import Slot
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from service.sessions.session import Session
 
 PAGES = 64
-"""Records without payload that a ring holds: patches."""
+"""Records without payload that a ring holds beside those of its rounds: patches."""
+END = 512
+"""Bytes of a round's end beside its update."""
 EXTRA = 65_536
 """Bytes beside the gradient in a slot, for long overrides and many stretches."""
 IN_META, IN_PAYLOAD = b"\0", b"\1"
@@ -51,7 +53,8 @@ def shape_of(session: "Session", arena: Arena) -> Shape:
     entries = len(arena.layout.entries)
     widest = arena.size * DTYPES[session.spec.dtype]
     capacity = widest + largest_push(entries) + EXTRA
-    return Shape(session.spec.log_slots, capacity, PAGES)
+    rounds = session.spec.log_slots if session.spec.update.mode == "sync" else 0
+    return Shape(session.spec.log_slots, capacity, PAGES + 2 * rounds)  # ends, and passes
 
 
 class Durable:
@@ -71,6 +74,8 @@ class Durable:
         self._task: asyncio.Task[bool] | None = None
         self._saved: object = None
         self.saved_at = time.monotonic()
+        self._lacking: tuple[int, int] | None = None
+        """Free places of the log when pushes began to wait for some."""
         self.trouble: str | None = None
         """Why the last snapshot could not be made; None if it could."""
 
@@ -123,21 +128,41 @@ class Durable:
 
     # Records
 
-    def reserve(self) -> Slot | None:
-        """A place for a push; None if the log is full."""
-        return self.journal.reserve(payload=True)
+    def reserve(self, *, payload: bool = True) -> Slot | None:
+        """A place for a push; None if the log is full.
 
-    def seal(self, slot: Slot, push: Push) -> None:
+        Args:
+            payload: Whether it has a gradient; one without takes a page of the small track.
+        """
+        return self.journal.reserve(payload=payload)
+
+    def reserve_end(self) -> Slot | None:
+        """A place for the end of a round, kept from its beginning: no round may lack one."""
+        session = self._session
+        arena = session.ready
+        runs = arena.runs if session.spec.missing == "refuse" else arena.layout.entries
+        large = largest_push(len(runs)) > META_BYTES - END
+        return self.journal.reserve(payload=large)
+
+    def keep_end(self) -> None:
+        """Reserves the place for the end of a round that has come back from the log."""
+        found = self._session.rounds.open
+        if found is not None:
+            found.slot = self.reserve_end()
+            assert found.slot is not None, "the place that was kept before is free again"
+
+    def end_round(self, slot: Slot, end: Close) -> Program[None]:
+        """Makes the end of a round durable, in the place that was reserved for it."""
+        self.seal(slot, entry_of(end))
+        yield Waits([self.guarded(partial(self.journal.commit, [slot]))])
+
+    def seal(self, slot: Slot, entry: Entry) -> None:
         """Puts all of a push but its gradient, which the slot has, into a record.
 
         Raises:
             InvalidRequest: Its overrides are longer than a slot has room for.
         """
-        key = None
-        if push.worker is not None and push.sequence is not None:
-            key = Key(push.worker, push.sequence)
-        kind = Kind.PUSH if push.skipped is None else Kind.SKIP
-        facts = pack_push(push)
+        facts = entry.facts
         meta, tail = IN_META + facts, b""
         if len(meta) > META_BYTES:
             meta, tail = IN_PAYLOAD + len(facts).to_bytes(4, "little"), facts
@@ -148,7 +173,7 @@ class Durable:
                 errors=[{"field": "overrides", "message": "Too long for a session that logs."}],
             )
         seal = partial(
-            slot.seal, kind, key=key, digest=push.digest or NO_DIGEST, meta=meta, payload=tail
+            slot.seal, entry.kind, key=entry.key, digest=entry.digest, meta=meta, payload=tail
         )
         self.guarded(seal)()
 
@@ -210,7 +235,8 @@ class Durable:
             reserved=reserved,
         )
         yield Waits([self.guarded(commit)])
-        self._saved = standing.at, standing.revision, session.history.count
+        rounds = session.rounds.count + (session.rounds.open is not None)
+        self._saved = standing.at, standing.revision, session.history.count, rounds
         self.saved_at = time.monotonic()
 
     @staticmethod
@@ -224,13 +250,21 @@ class Durable:
     def _mark(self) -> object:
         """Changes whenever something that a snapshot holds has."""
         session = self._session
-        return session.at, session.revision, session.history.count
+        return session.at, session.revision, session.history.count, session.rounds.count
+
+    @property
+    def _settled(self) -> int:
+        """The last record that a snapshot may hold: an open round stays in the log."""
+        found = self._session.rounds.open
+        if found is None or found.first is None:
+            return self.journal.last
+        return found.first - 1
 
     @property
     def is_due(self) -> bool:
         """Whether anything happened since the last snapshot."""
         if self.logs:
-            return self.journal.last > self.journal.row.number
+            return self._settled > self.journal.row.number
         return self._mark() != self._saved
 
     def is_half_full(self) -> bool:
@@ -241,8 +275,15 @@ class Durable:
         pages, slots = ring.free()
         return 2 * slots <= ring.shape.slots or 2 * pages <= ring.shape.records
 
-    def make_room(self) -> None:
-        """Sees to it that a snapshot frees places of the log, and lets waiting pushes go on."""
+    def make_room(self, *, is_full: bool = False) -> None:
+        """Sees to it that a snapshot frees places of the log, and lets waiting pushes go on.
+
+        Args:
+            is_full: Whether pushes wait for it.
+        """
+        ring = self.journal.ring
+        if is_full and ring is not None:
+            self._lacking = ring.free()
         if self._task is None:
             if self.trouble is not None and time.monotonic() - self.saved_at < PAUSE_S:
                 self._go_on(None)
@@ -252,8 +293,14 @@ class Durable:
         self._task.add_done_callback(self._go_on)
 
     def _go_on(self, task: object) -> None:
-        queue, ring = self._session.queue, self.journal.ring
-        if ring is not None and ring.free()[1]:
+        queue, ring, lacking = self._session.queue, self.journal.ring, self._lacking
+        self._lacking = None
+        if lacking is None:
+            return
+        # A place of either kind that was not there before; else all would begin again, for ever.
+        if ring is not None and any(
+            now > was for now, was in zip(ring.free(), lacking, strict=True)
+        ):
             queue.start()
         else:
             queue.refuse(self.full())
@@ -324,7 +371,7 @@ class Durable:
             if session.deleted or session.broken is not None or session.arena is not arena:
                 return None
             made = image.of(session, Standing.of(session))
-            number = self.journal.last if self.logs else self.journal.last + 1
+            number = self._settled if self.logs else self.journal.last + 1
             mark = self._mark()
             return _Captured((yield from image.copied(made, into)), number, mark)
 
@@ -337,6 +384,8 @@ class Durable:
         session = self._session
         if session.broken is not None:
             return
+        if not self.logs:  # what is not in the arrays would be lost
+            await session.lane.run(contributions.abandon(session, "stop"))
         if self.is_due:
             await self.snapshot(final=True)
         elif not self.logs:
@@ -350,4 +399,6 @@ class Durable:
 
     def close(self) -> None:
         """Lets go of the files."""
+        if self._session.rounds.open is not None:
+            self._session.rounds.open.release()
         self.journal.close()

@@ -1,4 +1,4 @@
-"""Recycled gradient buffers: one is part of a session's reservation, more as the budget allows."""
+"""Recycled gradient buffers: some are of a session's reservation, more as the budget allows."""
 
 import threading
 
@@ -10,18 +10,19 @@ from service.limits import Budget
 
 
 class Gradients:
-    """Buffers of `nbytes` each, for pushes in flight.
+    """Buffers of `nbytes` each, for pushes in flight and for rounds that hold contributions.
 
-    The first is paid for by the session's own reservation and kept until `close`; each further one
-    is reserved while a push is in flight and freed after it.
+    The first `kept` are paid for by the session's own reservation and kept until `close`; each
+    further one is reserved while somebody has it and freed after it.
     """
 
-    def __init__(self, nbytes: int, budget: Budget) -> None:
+    def __init__(self, nbytes: int, budget: Budget, kept: int = 1) -> None:
         self.nbytes = nbytes
+        self.kept = kept
         self._budget = budget
         self._lock = threading.Lock()
-        self._own: NDArray[np.uint8] | None = None
-        self._own_free = True
+        self._own: list[NDArray[np.uint8]] = []
+        self._free: list[NDArray[np.uint8]] = []
         self._closed = False
 
     def acquire(self) -> NDArray[np.uint8]:
@@ -31,11 +32,12 @@ class Gradients:
             Overloaded: The memory budget has no room for one more gradient now.
         """
         with self._lock:
-            if self._own_free and not self._closed:
-                if self._own is None:
-                    self._own = np.empty(self.nbytes, np.uint8)
-                self._own_free = False
-                return self._own
+            if not self._closed:
+                if self._free:
+                    return self._free.pop()
+                if len(self._own) < self.kept:
+                    self._own.append(np.empty(self.nbytes, np.uint8))
+                    return self._own[-1]
         if not self._budget.try_reserve(self.nbytes):
             raise Overloaded(
                 f"No memory for one more gradient of {self.nbytes} bytes while others are in "
@@ -52,18 +54,18 @@ class Gradients:
     def release(self, buffer: NDArray[np.uint8]) -> None:
         """Gives a buffer back, once nobody reads it any more."""
         with self._lock:
-            if buffer is self._own and not self._closed:
-                self._own_free = True
+            if not self._closed and any(buffer is one for one in self._own):
+                self._free.append(buffer)
                 return
         self._budget.release(self.nbytes)
 
     def close(self) -> int:
-        """Ends the keeping of the first one; returns its bytes, or 0 while a push still has it.
+        """Ends the keeping; returns the bytes of those that nobody has.
 
-        That push then gives them back by `release`.
+        Whoever has one of the others gives its bytes back by `release`.
         """
         with self._lock:
             self._closed = True
-            if self._own_free:
-                self._own = None
-            return self.nbytes if self._own_free else 0
+            out = len(self._own) - len(self._free)
+            self._own, self._free = [], []
+            return self.nbytes * (self.kept - out)

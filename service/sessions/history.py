@@ -26,6 +26,10 @@ class Record(NamedTuple):
     queued_s: float
     step_s: float
     at: float
+    round: int | None = None
+    weight: float | None = None
+    lateness_s: float | None = None
+    """Behind the first contribution of the round."""
 
 
 class History:

@@ -25,19 +25,22 @@ from gradpost.protocol.dtypes import DTYPES
 from gradpost.protocol.tensors import Header, build_header, parse_header
 from kernels import cpu, revision
 from service.schemas import Group, Spec, parse_group, parse_spec, terms
+from service.schemas.update import ROBUST
 from service.sessions import runs as stretches
 from service.sessions.arena import Arena, Array, by_entry, make
 from service.sessions.lane import Program
 from service.sessions.layout import Entry, Layout
 from service.sessions.ledger import Contents
+from service.sessions.members import Kept
 from service.sessions.records import pack_ledger, unpack_ledger
+from service.sessions.rounds import closed_of
 from service.sessions.runs import Run
 
 if TYPE_CHECKING:
     from service.sessions.pushes import Position
     from service.sessions.session import Session
 
-FORMAT = 1
+FORMAT = 2
 HEADER_BYTES = 100_000_000
 """The format's own limit."""
 LEDGER = "ledger"
@@ -65,6 +68,8 @@ class Facts(NamedTuple):
         layout: Name, dtype as uploaded, shape and group of each tensor; None without parameters.
         counts: Updates of each tensor, in layout order.
         scalars: Of each tensor's rule, in layout order.
+        members: Who takes part, and the names of all that ever did.
+        rounds: How many are over, and the last of them.
     """
 
     format: int
@@ -83,6 +88,8 @@ class Facts(NamedTuple):
     layout: list[tuple[str, str, list[int], int]] | None
     counts: list[int]
     scalars: list[list[float]]
+    members: tuple[Sequence[Sequence[Any]], Sequence[str]] = ((), ())
+    rounds: tuple[int, Sequence[Sequence[Any]]] = (0, ())
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,7 @@ class Standing:
         flat: The parameters, which may not be published yet.
         state: Arrays that replace the arena's own, in the order of its pieces; None: none do.
         runs: Of each entry, in place of the arena's own.
+        cut: Why the open round is abandoned in it; None: what the image shows is before that round.
     """
 
     spec: Spec
@@ -108,6 +116,7 @@ class Standing:
     flat: Array | None
     state: Sequence[Array] | None = None
     runs: Sequence[Run] | None = None
+    cut: str | None = None
 
     @classmethod
     def of(cls, session: "Session") -> "Standing":
@@ -170,14 +179,26 @@ def of(session: "Session", standing: Standing, *, ledger: bool = True) -> Image:
                                            for e in entries],
         counts=[run.updates for run in runs],
         scalars=[list(run.scalars) for run in runs],
+        members=session.members.kept(),
+        rounds=_rounds(session, standing),
     )  # fmt: skip
-    contents = session.ledger.contents() if ledger else None
+    contents = session.ledger.contents(standing.cut) if ledger else None
     if arena is None or standing.flat is None:
         return Image(facts, (), (), contents)
     whole = arrays(arena, standing.flat)
     if standing.state is not None:
         whole = (standing.flat, *standing.state)
     return Image(facts, rows(arena, spec.dtype), whole, contents)
+
+
+def _rounds(session: "Session", standing: Standing) -> tuple[int, Sequence[Sequence[Any]]]:
+    """The rounds that are over in an image."""
+    closed = session.rounds.kept()
+    if standing.cut is not None and (found := session.rounds.open) is not None:
+        ended = found.ended("abandoned", standing.cut, standing.at.numbers, time.time())
+        closed.append(ended._replace(members=None))
+    count = closed[-1].number if closed else session.rounds.count
+    return count, closed
 
 
 def rules(spec: Spec) -> list[str]:
@@ -192,7 +213,10 @@ def rule_of(spec: Spec) -> str:
 
 def kernel_rev(spec: Spec) -> str:
     """Of the kernels that a session runs."""
-    return revision.of(rules(spec))
+    names = rules(spec)
+    if spec.update.mode == "sync":
+        names.append("robust" if spec.update.reduce in ROBUST else "accumulate")
+    return revision.of(names)
 
 
 def stated(model: Spec | Group) -> dict[str, Any]:
@@ -307,7 +331,11 @@ def restore(session: "Session", loaded: Loaded) -> None:
                 if file.readinto(array.view(np.uint8).data) != array.nbytes:
                     raise ValueError("the file is shorter than its header says")
             arena.versions.publish(*session.at, flat)
-        session.ledger.restore(unpack_ledger(file.read()))
+        session.ledger.restore(unpack_ledger(file.read(), rounds=facts.format > 1))
+    rows, ever = facts.members
+    session.members.restore([Kept(*row) for row in rows], ever)
+    count, closed = facts.rounds
+    session.rounds.restore(count, [closed_of(row) for row in closed])
 
 
 def _arena(session: "Session", facts: Facts, header: Header) -> tuple[Arena, Array]:
@@ -316,7 +344,7 @@ def _arena(session: "Session", facts: Facts, header: Header) -> tuple[Arena, Arr
     layout = layout_of(facts)
     arena = make(
         layout, terms(spec), spec.dtype, average=spec.ema is not None, settings=shared.settings,
-        budget=shared.budget, copied=spec.durability != "none",
+        budget=shared.budget, copied=spec.durability != "none", rounds=spec.update,
     )  # fmt: skip
     try:
         found = [(one.name, one.dtype, one.shape) for one in header.tensors if one.name != LEDGER]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from service.errors import KeyReused, TooManyWorkers, TooOld, WorkerRetired
 
 WINDOW = 1024
+TOMBSTONES = 100_000
+"""Workers that are remembered as retired; the oldest are forgotten."""
 
 
 class Summary(NamedTuple):
@@ -27,8 +29,11 @@ class Summary(NamedTuple):
     params_finite: bool
     update_norm: float | None
     param_norm: float | None
+    round: int | None = None
+    contributions: int | None = None
+    wire: str | None = None
 
-    def answer(self, *, replayed: bool) -> dict[str, object]:
+    def answer(self, *, replayed: bool, ahead: bool | None = None) -> dict[str, object]:
         """The JSON members of the answer."""
         return {
             "step": self.step,
@@ -45,15 +50,29 @@ class Summary(NamedTuple):
             "params_finite": self.params_finite,
             "update_norm": self.update_norm,
             "param_norm": self.param_norm,
-            "round": None,
+            "round": self.round,
+            "contributions": self.contributions,
+            "ahead": ahead,
+            "wire": self.wire,
         }
+
+
+class Contributed(NamedTuple):
+    """What became of a contribution that no update has taken: its round is open, or abandoned."""
+
+    round: int
+    reason: str | None = None
+    """Why the round was abandoned; None: it is open."""
+
+
+Fate = Summary | Contributed
 
 
 class Admitted(NamedTuple):
     """One consumed sequence number."""
 
     digest: bytes
-    summary: Summary
+    summary: Fate
 
 
 @dataclass
@@ -103,7 +122,7 @@ class Ledger:
         self._clock = clock
         self._lock = threading.Lock()
         self._workers: dict[str, _Worker] = {}  # ordered by last admission, the oldest first
-        self._retired: set[str] = set()
+        self._retired: dict[str, None] = {}  # the oldest first
 
     def find(self, worker: str, sequence: int) -> Admitted | None:
         """The admitted push of this key, or None if the number is free.
@@ -151,12 +170,12 @@ class Ledger:
 
     def _refusal(self, worker: str) -> WorkerRetired:
         return WorkerRetired(
-            f"Worker {worker!r} was silent for more than {self._retention_s:.0f} s and its "
-            "sequence numbers are forgotten; go on under a new worker id.",
+            f"Worker {worker!r} has left, or was silent for more than {self._retention_s:.0f} s, "
+            "and its sequence numbers are forgotten; go on under a new worker id.",
             worker=worker,
         )
 
-    def record(self, worker: str, sequence: int, digest: bytes, summary: Summary) -> None:
+    def record(self, worker: str, sequence: int, digest: bytes, summary: Fate) -> None:
         """Consumes a number. Called by the lane, together with the step."""
         with self._lock:
             if worker not in self._workers and len(self._workers) >= self._max_workers:
@@ -173,13 +192,37 @@ class Ledger:
                     floor = sequence - WINDOW
                     state.admitted = {s: a for s, a in state.admitted.items() if s > floor}
 
-    def contents(self) -> Contents:
-        """A copy that later pushes do not change."""
+    def settle(self, worker: str, sequence: int, fate: Fate) -> None:
+        """Says what became of a contribution; the number was consumed by `record`."""
+        with self._lock:
+            one = self._workers.get(worker)
+            known = None if one is None else one.admitted.get(sequence)
+            if one is not None and known is not None:
+                one.admitted[sequence] = known._replace(summary=fate)
+
+    def retire(self, worker: str) -> None:
+        """Turns a worker that leaves into a tombstone."""
+        with self._lock:
+            if self._workers.pop(worker, None) is not None:
+                self._bury(worker)
+
+    def _bury(self, worker: str) -> None:
+        self._retired[worker] = None
+        if len(self._retired) > TOMBSTONES:
+            del self._retired[next(iter(self._retired))]
+
+    def contents(self, abandoned: str | None = None) -> Contents:
+        """A copy that later pushes do not change.
+
+        Args:
+            abandoned: Why the open round is abandoned in it; None: its contributions are left out,
+                for whoever keeps the copy has them elsewhere or loses them.
+        """
         offset = time.time() - self._clock()
         with self._lock:
             return Contents(
                 tuple(
-                    Known(name, one.highest, one.seen_at + offset, dict(one.admitted))
+                    Known(name, one.highest, one.seen_at + offset, _closed(one.admitted, abandoned))
                     for name, one in self._workers.items()
                 ),
                 tuple(self._retired),
@@ -189,7 +232,7 @@ class Ledger:
         """Takes up what a file kept, in place of all that is here."""
         offset = time.time() - self._clock()
         with self._lock:
-            self._retired = set(contents.retired)
+            self._retired = dict.fromkeys(contents.retired)
             self._workers = {
                 one.name: _Worker(one.highest, one.seen_at - offset, dict(one.admitted))
                 for one in contents.workers
@@ -228,12 +271,24 @@ class Ledger:
         """Turns the most silent worker into a tombstone if its time is over."""
         name, state = next(iter(self._workers.items()))
         if self._expired(state):
-            self._retired.add(name)
             del self._workers[name]
+            self._bury(name)
 
 
-def same_push(known: Admitted, digest: bytes, worker: str, sequence: int) -> Summary:
-    """The summary of the original push, if this is a repeat of it.
+def _closed(admitted: Mapping[int, Admitted], abandoned: str | None) -> dict[int, Admitted]:
+    """The numbers with those of the open round left out, or abandoned."""
+    found = {}
+    for number, done in admitted.items():
+        if isinstance(done.summary, Contributed) and done.summary.reason is None:
+            if abandoned is None:
+                continue
+            done = done._replace(summary=done.summary._replace(reason=abandoned))
+        found[number] = done
+    return found
+
+
+def same_push(known: Admitted, digest: bytes, worker: str, sequence: int) -> Fate:
+    """What the original push did, if this is a repeat of it.
 
     Raises:
         KeyReused: The key was used for other bytes or other control values.
@@ -244,6 +299,10 @@ def same_push(known: Admitted, digest: bytes, worker: str, sequence: int) -> Sum
             "number of its own, and a retry must repeat the same gradients and control values.",
             worker=worker,
             sequence=sequence,
-            step=known.summary.step,
+            **_where(known.summary),
         )
     return known.summary
+
+
+def _where(fate: Fate) -> dict[str, int]:
+    return {"round": fate.round} if isinstance(fate, Contributed) else {"step": fate.step}

@@ -19,7 +19,7 @@ from service.sessions import transfer, update
 from service.sessions.arena import Arena, Array
 from service.sessions.history import Record
 from service.sessions.lane import Program
-from service.sessions.ledger import Summary, same_push
+from service.sessions.ledger import Admitted, Fate, Summary, same_push
 from service.sessions.records import Push
 from service.sessions.schedule import factor
 from service.sessions.versions import Version
@@ -39,14 +39,18 @@ class Gradient(NamedTuple):
     release: Callable[[], None]
     present: tuple[bool, ...] | None = None
     """For each entry of the layout, whether it came; None: all."""
+    wire: str | None = None
+    """The lossy form in which it came."""
 
 
 class Outcome(NamedTuple):
     """What a push did, and the version it may read if parameters were asked for."""
 
-    summary: Summary
+    summary: Fate
     replayed: bool
     held: Version | None
+    kept: bool = False
+    """Whether a round keeps the gradient, and gives it back itself."""
 
 
 class Position(NamedTuple):
@@ -104,7 +108,7 @@ def one(session: "Session", gradient: Gradient, *, hold: bool) -> Program[Outcom
         session.committing.add(key)
     try:
         found = yield from decide(session, gradient)
-        if isinstance(found, Summary):
+        if not isinstance(found, Decided):
             return Outcome(found, True, session.ready.versions.hold() if hold else None)
         timing = Timing(session.lane.started_at, session.lane.queued_s)
         return (yield from apply(session, found, timing, hold=hold))
@@ -115,7 +119,7 @@ def one(session: "Session", gradient: Gradient, *, hold: bool) -> Program[Outcom
 
 def decide(
     session: "Session", gradient: Gradient, ahead: Ahead | None = None, slot: Slot | None = None
-) -> Program[Decided | Summary]:
+) -> Program[Decided | Fate]:
     """All of a push but its effect; raises what refuses it.
 
     Args:
@@ -129,17 +133,14 @@ def decide(
     """
     control, arena = gradient.control, session.ready
     known = session.ledger.find(*control.key) if control.key else None
-    if known is not None and control.key is not None:
-        (mark,) = yield [partial(marked, session, gradient)]
-        summary = same_push(known, mark, *control.key)
-        session.shared.metrics.replay()
-        return summary
+    if known is not None:
+        return (yield from repeated(session, known, gradient))
     at = session.at if ahead is None else ahead.at
     runs = None if ahead is None else ahead.runs
     staleness = session.check_base(control, at)
     terms = session.terms_of(control)
     gradient = fitted(session, arena, gradient)
-    _check_complete(session, arena, gradient)
+    check_complete(session, arena, gradient)
     examined = update.examining(arena, terms, gradient.flat, gradient.dtype)
     beside: list[update.Sized] = [(gradient.flat.size, partial(marked, session, gradient))]
     if slot is not None:
@@ -152,11 +153,14 @@ def decide(
     )
     scale = control.grad_scale or 1.0
     shrink = _shrink(session, staleness)
-    moves = update.moves(terms, sums, scale, factor(session.spec.schedule, at.step), shrink)
+    moves = update.moves(
+        terms, sums, scale, factor(session.spec.schedule, at.step), shrink,
+        turned=session.spec.push == "delta",
+    )  # fmt: skip
     norm = sums.norm / scale if math.isfinite(sums.norm) else None
     skipped = None
-    if norm is None and not _only_large(arena, terms, gradient):
-        _refuse_nonfinite(session, arena, terms, gradient)
+    if norm is None and not only_large(arena, terms, gradient):
+        refuse_nonfinite(session, arena, terms, gradient)
         skipped = "nonfinite"
     parts: tuple[update.Part, ...] = ()
     if skipped is None:
@@ -164,7 +168,7 @@ def decide(
     clips = skipped is None and update.clipped(moves, sums, scale)
     push = Push(
         control.worker, control.sequence, found[0], gradient.dtype, staleness, moves[0].lr, norm,
-        clips, control.loss, control.overrides, time.time(), skipped, parts,
+        clips, control.loss, control.overrides, time.time(), skipped, parts, gradient.wire,
     )  # fmt: skip
     if skipped is not None:
         still = Ahead(at, runs or tuple(group.runs for group in arena.groups))
@@ -190,31 +194,18 @@ def apply(
     if work is None:
         summary = Summary(
             *session.at.numbers, False, push.worker is not None, push.staleness, push.lr,
-            None, False, push.skipped, True, None, None,
+            None, False, push.skipped, True, None, None, wire=push.wire,
         )  # fmt: skip
         if timing is not None:
             session.shared.metrics.skipped()
         admit(session, push, summary, timing)
         return Outcome(summary, False, arena.versions.hold() if hold else None)
-    ema = session.spec.ema
     try:
-        before, after = arena.versions.begin()
-        done = yield from update.perform(
-            arena,
-            work,
-            before,
-            after,
-            decided.flat,
-            decay=None if ema is None else ema.decay,
-            norms=session.spec.norms,
-        )
-        now = session.at.following
+        done, held = yield from perform(session, arena, work, decided.flat, hold=hold)
         summary = Summary(
-            *now.numbers, True, push.worker is not None, push.staleness, push.lr, push.norm,
-            push.clipped, None, done.finite, done.update_norm, done.param_norm,
+            *session.at.numbers, True, push.worker is not None, push.staleness, push.lr, push.norm,
+            push.clipped, None, done.finite, done.update_norm, done.param_norm, wire=push.wire,
         )  # fmt: skip
-        held = arena.versions.publish(*now, after, hold=hold)
-        session.at = now
         admit(session, push, summary, timing)
     except BaseException as error:  # all of it happens, or the session is broken
         session.broken = f"{type(error).__name__} during step {session.step + 1}"
@@ -224,15 +215,38 @@ def apply(
     return Outcome(summary, False, held)
 
 
+def perform(
+    session: "Session", arena: Arena, work: update.Work, flat: Array, *, hold: bool
+) -> Program[tuple[update.Done, Version | None]]:
+    """Runs an update and publishes what it makes; the session is at the next version then."""
+    ema = session.spec.ema
+    before, after = arena.versions.begin()
+    done = yield from update.perform(
+        arena,
+        work,
+        before,
+        after,
+        flat,
+        decay=None if ema is None else ema.decay,
+        norms=session.spec.norms,
+    )
+    now = session.at.following
+    held = arena.versions.publish(*now, after, hold=hold)
+    session.at = now
+    return done, held
+
+
 def admit(session: "Session", push: Push, summary: Summary, timing: Timing | None) -> None:
     """Ledger, history and metrics of an admitted push."""
     if push.worker is not None and push.sequence is not None:
         session.ledger.record(push.worker, push.sequence, push.digest, summary)
+        session.members.pushed(push.worker, push.staleness, applied=summary.applied)
     queued_s = step_s = 0.0
     if timing is not None:
         queued_s, step_s = timing.queued_s, time.perf_counter() - timing.started_at
         if summary.applied:
             session.shared.metrics.observe_step(queued_s, step_s)
+            session.shared.metrics.observe_staleness(push.staleness)
     session.history.append(
         Record(
             number=session.history.count + 1,
@@ -260,6 +274,20 @@ def admit(session: "Session", push: Push, summary: Summary, timing: Timing | Non
 # What decides
 
 
+def repeated(session: "Session", known: Admitted, gradient: Gradient) -> Program[Fate]:
+    """What the first admission of a key did, if this is the same push.
+
+    Raises:
+        KeyReused: It is another one.
+    """
+    control = gradient.control
+    assert control.key is not None
+    (mark,) = yield [partial(marked, session, gradient)]
+    fate = same_push(known, mark, *control.key)
+    session.shared.metrics.replay()
+    return fate
+
+
 def marked(session: "Session", gradient: Gradient) -> bytes:
     """What tells this push from another; b"" if nobody will ask."""
     control = gradient.control
@@ -285,7 +313,7 @@ def fitted(session: "Session", arena: Arena, gradient: Gradient) -> Gradient:
     return transfer.extended(arena, session.spec, gradient)
 
 
-def _check_complete(session: "Session", arena: Arena, gradient: Gradient) -> None:
+def check_complete(session: "Session", arena: Arena, gradient: Gradient) -> None:
     """Refuses a push that lacks tensors by now: it was read under other rules."""
     if gradient.present is None:
         return
@@ -311,16 +339,26 @@ def _live(arena: Arena, terms: Sequence[Terms]) -> list[tuple[int, int]]:
     return [(group.span.lo, group.span.hi) for group, one in pairs if not one.frozen]
 
 
-def _only_large(arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> bool:
+def only_large(arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> bool:
     """Whether squares overflowed though every element is finite: float64 above 1e154."""
-    return gradient.dtype == "F64" and all(
-        reduce.all_finite(gradient.flat[lo:hi], "F64") for lo, hi in _live(arena, terms)
+    return only_large_in(arena, terms, gradient.flat, gradient.dtype)
+
+
+def only_large_in(arena: Arena, terms: Sequence[Terms], flat: Array, dtype: str) -> bool:
+    """As `only_large`, of a bare vector."""
+    return dtype == "F64" and all(
+        reduce.all_finite(flat[lo:hi], "F64") for lo, hi in _live(arena, terms)
     )
 
 
-def _refuse_nonfinite(
+def refuse_nonfinite(
     session: "Session", arena: Arena, terms: Sequence[Terms], gradient: Gradient
 ) -> None:
+    """Refuses a gradient that is not finite, unless the session skips such.
+
+    Raises:
+        Nonfinite: It says where.
+    """
     if session.spec.on_nonfinite == "skip":
         return
     for lo, hi in _live(arena, terms):

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kernels.pool import Waits
 from service.errors import ServiceError
+from service.sessions import contributions
 from service.sessions.lane import Program
-from service.sessions.ledger import Summary
+from service.sessions.ledger import Fate
 from service.sessions.pushes import Ahead, Decided, Gradient, Outcome, Timing, apply, decide
+from service.sessions.records import Contribution, entry_of
 from service.storage.ring import Slot
 
 if TYPE_CHECKING:
@@ -35,9 +37,11 @@ class _Member(NamedTuple):
     """A push of a group commit."""
 
     queued: _Queued
-    decided: Decided
+    decided: Decided | contributions.Decided
     slot: Slot
     timing: Timing
+    end: Slot | None = None
+    """The place for the end of the round that this push begins."""
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Queue:
         durable = self._session.durable
         assert durable is not None
         if is_full:
-            durable.make_room()
+            durable.make_room(is_full=True)
         else:
             if durable.is_half_full():
                 durable.make_room()
@@ -114,6 +118,38 @@ class Queue:
     def put_back(self, queued: Sequence[_Queued]) -> None:
         """Pushes whose turn comes later, in their old order and before all others."""
         self._waiting.extendleft(reversed(queued))
+
+
+class _Ahead:
+    """What the pushes that are decided and not applied yet will have done."""
+
+    def __init__(self) -> None:
+        self._updates: Ahead | None = None
+        self._contributions: list[Contribution] = []
+
+    def decide(
+        self, session: "Session", gradient: Gradient, slot: Slot
+    ) -> Program[Decided | contributions.Decided | Fate]:
+        """Decides one more."""
+        if session.spec.update.mode == "sync":
+            return (yield from contributions.decide(session, gradient, self._contributions, slot))
+        return (yield from decide(session, gradient, self._updates, slot))
+
+    def add(self, found: Decided | contributions.Decided) -> None:
+        """Takes note of one that was decided."""
+        if isinstance(found, contributions.Decided):
+            self._contributions.append(found.one)
+        else:
+            self._updates = found.ahead
+
+    def begins(self, session: "Session") -> bool:
+        """Whether the next one begins a round."""
+        sync = session.spec.update.mode == "sync"
+        return sync and session.rounds.open is None and not self._contributions
+
+    def is_complete(self, session: "Session") -> bool:
+        """Whether they close a round, so that what comes behind them is of the next version."""
+        return bool(self._contributions) and contributions.completes(session, self._contributions)
 
 
 def refuse(outcome: "asyncio.Future[Outcome]", error: BaseException) -> None:
@@ -141,15 +177,13 @@ def many(session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop) -> P
             committed = True
             slots = [member.slot for member in group.members]
             yield Waits([session.guarded(partial(durable.commit, slots))])
-        for member in group.members:
-            outcome = yield from apply(
-                session, member.decided, member.timing, hold=member.queued.hold
-            )
-            loop.call_soon_threadsafe(session.settled, member.queued.outcome, outcome)
+        yield from _apply_all(session, group.members, loop)
     except BaseException as error:
         if not committed:  # nothing has happened
             for member in group.members:
                 member.slot.release()
+                if member.end is not None:
+                    member.end.release()
         elif session.broken is None:
             session.broken = f"{type(error).__name__} between the log and step {session.step + 1}"
         for queued in group.taken:
@@ -160,6 +194,27 @@ def many(session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop) -> P
             if queued.gradient.control.key is not None:
                 session.committing.discard(queued.gradient.control.key)
     return is_full
+
+
+def _apply_all(
+    session: "Session", members: Sequence[_Member], loop: asyncio.AbstractEventLoop
+) -> Program[None]:
+    """The effects of what is durable, in order, and the answers."""
+    rounds: list[tuple[_Queued, contributions.Decided]] = []
+    for member in members:
+        if isinstance(member.decided, contributions.Decided):
+            assert member.slot.header is not None
+            number = member.slot.header.number
+            yield from contributions.take(session, member.decided, number=number, slot=member.end)
+            rounds.append((member.queued, member.decided))
+            continue
+        outcome = yield from apply(session, member.decided, member.timing, hold=member.queued.hold)
+        loop.call_soon_threadsafe(session.settled, member.queued.outcome, outcome)
+    yield from contributions.settle(session)
+    for queued, decided in rounds:  # the fate of a round is that of all who are in it
+        fate = contributions.fate_of(session, decided.one)
+        outcome = Outcome(fate, False, None, kept=contributions.is_kept(session, decided))
+        loop.call_soon_threadsafe(session.settled, queued.outcome, outcome)
 
 
 def _decide_all(
@@ -178,8 +233,8 @@ def _decide_all(
     Returns:
         Whether the log is full.
     """
-    ahead: Ahead | None = None
-    while (queued := queue.take()) is not None:
+    ahead = _Ahead()
+    while not ahead.is_complete(session) and (queued := queue.take()) is not None:
         group.taken.append(queued)  # whatever happens now, it gets an answer
         key = queued.gradient.control.key
         if key is not None and key in session.committing:  # a repeat of one in this very group
@@ -190,29 +245,40 @@ def _decide_all(
         except ServiceError as error:
             loop.call_soon_threadsafe(refuse, queued.outcome, error)
             continue
-        slot = durable.reserve()
-        if slot is None:
+        is_pass = queued.gradient.control.is_pass
+        slot = durable.reserve(payload=not is_pass)
+        end = durable.reserve_end() if ahead.begins(session) else None
+        if slot is None or (end is None and ahead.begins(session)):
+            for place in (slot, end):
+                if place is not None:
+                    place.release()
             group.later.append(group.taken.pop())
             return True
         if key is not None:
             session.committing.add(key)
         started_at = time.perf_counter()
         try:
-            found = yield from decide(session, queued.gradient, ahead, slot)
+            found = yield from ahead.decide(session, queued.gradient, slot)
             held = None
             if isinstance(found, Decided):
-                durable.seal(slot, found.push)
+                durable.seal(slot, entry_of(found.push))
+            elif isinstance(found, contributions.Decided):
+                durable.seal(slot, entry_of(found.one))
             elif queued.hold:
                 held = session.ready.versions.hold()
         except Exception as error:
             slot.release()
+            if end is not None:
+                end.release()
             loop.call_soon_threadsafe(refuse, queued.outcome, error)
             continue
-        if isinstance(found, Summary):
+        if not isinstance(found, Decided | contributions.Decided):
             slot.release()
+            if end is not None:
+                end.release()
             loop.call_soon_threadsafe(session.settled, queued.outcome, Outcome(found, True, held))
             continue
-        ahead = found.ahead
+        ahead.add(found)
         timing = Timing(started_at, started_at - queued.since)
-        group.members.append(_Member(queued, found, slot, timing))
+        group.members.append(_Member(queued, found, slot, timing, end))
     return False

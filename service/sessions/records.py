@@ -18,6 +18,10 @@ Part, the numbers of one stretch of a group (`update.Part`):
  8  4  last                                 30     the values, then the scalars: float64
 ```
 
+Contribution to a round: a length, JSON (`Contribution` without its key and digest, and what the
+round began with if it is the first one), and behind it the gradient, unless it is a pass. End of a
+round: a length, JSON (number, status, reason), then a push as above if it was applied.
+
 Ledger: `RETIRED_COUNT u32, {length u16, name}…, WORKER_COUNT u32, workers…`, each worker `length
 u16, name, highest i64, seen_at f64, count u32`, and then for each of its pushes an `_ADMITTED`.
 
@@ -30,21 +34,28 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from service.sessions.ledger import Admitted, Contents, Known, Summary
+from service.sessions.ledger import Admitted, Contents, Contributed, Fate, Known, Summary
 from service.sessions.update import Part
+from service.storage.header import NO_DIGEST, Key, Kind
 
 _PUSH = struct.Struct("<IIddB3x")
 _PART = struct.Struct("<IIIQdBB")
 _WORKER = struct.Struct("<qdI")
-_ADMITTED = struct.Struct("<Q16sQQQQdddd2B")
+_ADMITTED = struct.Struct("<Q16sQQQQdddd2BQI2B")
+_ADMITTED_1 = struct.Struct("<Q16sQQQQdddd2B")
+"""Of images of format 1, which know no rounds."""
+_LENGTH = struct.Struct("<I")
 assert _PUSH.size == 28
 assert _PART.size == 30
-assert _ADMITTED.size == 90
+assert _ADMITTED.size == 104
 _CLIPPED, _SKIPPED = 1, 2
 _APPLIED, _IDENTIFIED, _SMALLER, _FINITE, _NORM, _UPDATE, _PARAMS, _MARKED = (
     1 << bit for bit in range(8)
 )
-_REASONS = (None, "nonfinite")
+_REASONS = (None, "nonfinite", "passes")
+_ABANDONED = ("timeout", "restore", "params", "state", "groups", "patch", "stop")
+"""Why a round may be abandoned; the order is on the disk."""
+_WIRES = (None, "int8", "topk", "int8+topk")
 
 
 class Push(NamedTuple):
@@ -64,6 +75,7 @@ class Push(NamedTuple):
         at: Seconds since 1970.
         skipped: Why nothing was applied; None if it was.
         parts: The numbers of the update.
+        wire: The lossy form in which it came.
     """
 
     worker: str | None
@@ -79,6 +91,146 @@ class Push(NamedTuple):
     at: float
     skipped: str | None
     parts: tuple[Part, ...]
+    wire: str | None = None
+
+
+class Contribution(NamedTuple):
+    """A part of a round.
+
+    Attributes:
+        round: Its number.
+        worker: Who pushed.
+        sequence: Of the worker.
+        digest: What tells the push from another one of this key.
+        dtype: Of the gradient; "" of a pass.
+        weight: As it was stated; 0 is a pass.
+        scaled: What the gradient is multiplied by, clipping and its sign included.
+        norm: Of the gradient; None of a pass.
+        clipped: Whether it was made smaller.
+        skipped: Why it became a pass; None if it is what it was sent as.
+        loss: As it was reported.
+        overrides: JSON text.
+        at: Seconds since 1970.
+        lateness_s: Since the first of the round.
+        present: For each entry of the layout, whether it came; None: all.
+        rules: What the round began with, as JSON; None if this is not the first of it.
+        wire: The lossy form in which it came.
+    """
+
+    round: int
+    worker: str
+    sequence: int
+    digest: bytes
+    dtype: str
+    weight: float
+    scaled: float
+    norm: float | None
+    clipped: bool
+    skipped: str | None
+    loss: float | None
+    overrides: str | None
+    at: float
+    lateness_s: float
+    present: tuple[bool, ...] | None
+    rules: dict[str, Any] | None
+    wire: str | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than a pass."""
+        return self.scaled != 0
+
+
+class Close(NamedTuple):
+    """The end of a round.
+
+    Attributes:
+        round: Its number.
+        status: applied, skipped or abandoned.
+        reason: Why it ended, or was skipped or abandoned.
+        at: Seconds since 1970.
+        push: The update, if there was one; its worker is None.
+    """
+
+    round: int
+    status: str
+    reason: str
+    at: float
+    push: Push | None
+
+
+class Entry(NamedTuple):
+    """What a record is sealed with, beside its payload."""
+
+    kind: Kind
+    key: Key | None
+    digest: bytes
+    facts: bytes
+
+
+def entry_of(done: "Push | Contribution | Close") -> Entry:
+    """A push, a contribution or the end of a round, as a record keeps it."""
+    if isinstance(done, Close):
+        return Entry(Kind.ROUND_CLOSE, None, NO_DIGEST, pack_close(done))
+    if isinstance(done, Contribution):
+        whose = Key(done.worker, done.sequence)
+        return Entry(Kind.CONTRIBUTION, whose, done.digest, pack_contribution(done))
+    key = None
+    if done.worker is not None and done.sequence is not None:
+        key = Key(done.worker, done.sequence)
+    kind = Kind.PUSH if done.skipped is None else Kind.SKIP
+    return Entry(kind, key, done.digest or NO_DIGEST, pack_push(done))
+
+
+def pack_contribution(one: Contribution) -> bytes:
+    """A contribution without its key, digest and gradient; floats keep their bits in JSON."""
+    facts = one._asdict()
+    for name in ("worker", "sequence", "digest"):
+        del facts[name]
+    kept = {name: value for name, value in facts.items() if value is not None}
+    if one.present is not None:
+        kept["present"] = "".join("01"[came] for came in one.present)
+    return json.dumps(kept, separators=(",", ":")).encode()
+
+
+def unpack_contribution(data: bytes, key: Key, digest: bytes) -> Contribution:
+    """The contribution of a record.
+
+    Raises:
+        ValueError: The record was not written by `pack_contribution`.
+    """
+    try:
+        facts = {name: None for name in Contribution._fields} | json.loads(data)
+        present = facts["present"]
+        facts["present"] = None if present is None else tuple(mark == "1" for mark in present)
+        return Contribution(**{**facts, "worker": key.worker, "sequence": key.sequence,
+                               "digest": digest})  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a record of a contribution is no such: {error}") from None
+
+
+def pack_close(close: Close) -> bytes:
+    """The end of a round."""
+    facts = {name: value for name, value in close._asdict().items() if name != "push"}
+    text = json.dumps(facts, separators=(",", ":")).encode()
+    push = b"" if close.push is None else pack_push(close.push)
+    return _LENGTH.pack(len(text)) + text + push
+
+
+def unpack_close(data: bytes) -> Close:
+    """The end of a round, from its record.
+
+    Raises:
+        ValueError: The record was not written by `pack_close`.
+    """
+    try:
+        (length,) = _LENGTH.unpack_from(data)
+        at = _LENGTH.size + length
+        facts = json.loads(data[_LENGTH.size : at])
+        push = unpack_push(data[at:], None, None, b"") if len(data) > at else None
+        return Close(**facts, push=push)
+    except (struct.error, TypeError, ValueError) as error:
+        raise ValueError(f"a record of a round's end is no such: {error}") from None
 
 
 def pack_push(push: Push) -> bytes:
@@ -88,6 +240,8 @@ def pack_push(push: Push) -> bytes:
         facts["loss"] = push.loss
     if push.overrides:
         facts["overrides"] = push.overrides
+    if push.wire:
+        facts["wire"] = push.wire
     text = json.dumps(facts, separators=(",", ":")).encode()
     flags = _CLIPPED * push.clipped + _SKIPPED * (push.skipped is not None)
     norm = math.nan if push.norm is None else push.norm
@@ -125,6 +279,7 @@ def unpack_push(data: bytes, worker: str | None, sequence: int | None, digest: b
         worker, sequence, digest, facts["dtype"], facts["staleness"], lr,
         None if math.isnan(norm) else norm, bool(flags & _CLIPPED), facts.get("loss"),
         facts.get("overrides"), facts["at"], _REASONS[bool(flags & _SKIPPED)], tuple(parts),
+        facts.get("wire"),
     )  # fmt: skip
 
 
@@ -161,21 +316,31 @@ def _text(name: str) -> bytes:
 
 def _pack_admitted(sequence: int, done: Admitted) -> bytes:
     one = done.summary
+    marked = _MARKED * bool(done.digest)
+    if isinstance(one, Contributed):
+        assert one.reason is not None, "an image knows no open round"
+        fate = 1 + _ABANDONED.index(one.reason)
+        numbers = (0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+        return _ADMITTED.pack(sequence, done.digest, *numbers, marked, 0, one.round, 0, 0, fate)
     flags = (
         _APPLIED * one.applied + _IDENTIFIED * one.identified + _SMALLER * one.clipped
         + _FINITE * one.params_finite + _NORM * (one.grad_norm is not None)
-        + _UPDATE * (one.update_norm is not None) + _PARAMS * (one.param_norm is not None)
-        + _MARKED * bool(done.digest)
+        + _UPDATE * (one.update_norm is not None) + _PARAMS * (one.param_norm is not None) + marked
     )  # fmt: skip
     return _ADMITTED.pack(
         sequence, done.digest, one.step, one.epoch, one.version, one.staleness, one.lr,
         one.grad_norm or 0.0, one.update_norm or 0.0, one.param_norm or 0.0, flags,
-        _REASONS.index(one.skipped),
+        _REASONS.index(one.skipped), one.round or 0, one.contributions or 0,
+        _WIRES.index(one.wire), 0,
     )  # fmt: skip
 
 
-def unpack_ledger(data: bytes) -> Contents:
+def unpack_ledger(data: bytes, *, rounds: bool = True) -> Contents:
     """A ledger from bytes.
+
+    Args:
+        data: They.
+        rounds: Whether they know of rounds; those of format 1 do not.
 
     Raises:
         ValueError: They were not written by `pack_ledger`.
@@ -192,8 +357,9 @@ def unpack_ledger(data: bytes) -> Contents:
             name, at = _read_text(data, at)
             highest, seen_at, admitted = _WORKER.unpack_from(data, at)
             at += _WORKER.size
-            end = at + admitted * _ADMITTED.size
-            workers.append(Known(name, highest, seen_at, dict(_read_admitted(data[at:end]))))
+            end = at + admitted * (_ADMITTED if rounds else _ADMITTED_1).size
+            rows = _read_admitted(data[at:end], rounds=rounds)
+            workers.append(Known(name, highest, seen_at, dict(rows)))
             at = end
     except struct.error as error:
         raise ValueError(f"this is no ledger: {error}") from None
@@ -208,17 +374,29 @@ def _read_text(data: bytes, at: int) -> tuple[str, int]:
     return data[at : at + length].decode(), at + length
 
 
-def _read_admitted(data: bytes) -> Iterator[tuple[int, Admitted]]:
-    for (
-        sequence, digest, step, epoch, version, staleness, lr, norm, update_norm, param_norm, flags,
-        reason,
-    ) in _ADMITTED.iter_unpack(data):  # fmt: skip
-        yield sequence, Admitted(
-            digest if flags & _MARKED else b"",
-            Summary(
-                step, epoch, version, bool(flags & _APPLIED), bool(flags & _IDENTIFIED), staleness,
-                lr, norm if flags & _NORM else None, bool(flags & _SMALLER), _REASONS[reason],
-                bool(flags & _FINITE), update_norm if flags & _UPDATE else None,
-                param_norm if flags & _PARAMS else None,
-            ),
+def _read_admitted(data: bytes, *, rounds: bool) -> Iterator[tuple[int, Admitted]]:
+    if not rounds:
+        for row in _ADMITTED_1.iter_unpack(data):
+            yield _admitted_of(*(*row, 0, 0, 0, 0))
+        return
+    for row in _ADMITTED.iter_unpack(data):
+        yield _admitted_of(*row)
+
+
+def _admitted_of(
+    sequence: int, digest: bytes, step: int, epoch: int, version: int, staleness: int, lr: float,
+    norm: float, update_norm: float, param_norm: float, flags: int, reason: int, number: int,
+    contributions: int, wire: int, fate: int,
+) -> tuple[int, Admitted]:  # fmt: skip
+    found: Fate
+    if fate:
+        found = Contributed(number, _ABANDONED[fate - 1])
+    else:
+        found = Summary(
+            step, epoch, version, bool(flags & _APPLIED), bool(flags & _IDENTIFIED), staleness,
+            lr, norm if flags & _NORM else None, bool(flags & _SMALLER), _REASONS[reason],
+            bool(flags & _FINITE), update_norm if flags & _UPDATE else None,
+            param_norm if flags & _PARAMS else None, number or None,
+            contributions if number else None, _WIRES[wire],
         )  # fmt: skip
+    return sequence, Admitted(digest if flags & _MARKED else b"", found)

@@ -12,13 +12,14 @@ import numpy as np
 
 from gradpost.protocol.dtypes import DTYPES, NUMPY
 from service.errors import ServiceError
-from service.schemas import parse_spec, with_overrides
-from service.sessions import image, pushes, transfer, update
+from service.schemas import PushControl, parse_spec, with_overrides
+from service.sessions import contributions, image, pushes, transfer, update
 from service.sessions.arena import Arena, by_entry
 from service.sessions.disk import Disk
 from service.sessions.durable import IN_PAYLOAD, Durable
-from service.sessions.pushes import Ahead, Decided, Position
-from service.sessions.records import Push, unpack_push
+from service.sessions.pushes import Ahead, Decided, Gradient, Position
+from service.sessions.records import Push, unpack_close, unpack_contribution, unpack_push
+from service.sessions.rounds import give_up
 from service.sessions.session import Session, Shared
 from service.storage.failures import Damaged
 from service.storage.header import Header, Kind
@@ -47,6 +48,7 @@ def revive(shared: Shared, disk: Disk, pending: Pending) -> tuple[Session, bool]
             _replay(session, record)
         session.durable = Durable(session, disk, found.journal)
         session.durable.begin()
+        session.durable.keep_end()
     except Exception as error:
         found.journal.close()
         if session is not None and session.arena is not None:
@@ -67,7 +69,9 @@ def _position(found: Recovered, facts: image.Facts) -> Position:
 
 def _check_kernels(session: Session, found: Recovered) -> None:
     ours = image.kernel_rev(session.spec)
-    if found.records and found.row.kernel_rev != ours:
+    # An open round is summed anew, whatever has summed it before.
+    bound = [one for one in found.records if one.header.kind is not Kind.CONTRIBUTION]
+    if bound and found.row.kernel_rev != ours:
         raise Damaged(
             f"its log was written by other kernels (revision {found.row.kernel_rev}, and this "
             f"server has {ours}); start the version that wrote it and stop it in order, then this "
@@ -80,6 +84,10 @@ def _replay(session: Session, record: Record) -> None:
     header = record.header
     if header.kind in (Kind.PUSH, Kind.SKIP):
         _replay_push(session, header, record.payload())
+    elif header.kind is Kind.CONTRIBUTION:
+        _replay_contribution(session, header, record.payload())
+    elif header.kind is Kind.ROUND_CLOSE:
+        _replay_close(session, header, record.payload())
     elif header.kind is Kind.PATCH:
         facts: dict[str, Any] = json.loads(header.meta)
         spec, _ = parse_spec(facts["spec"])
@@ -108,15 +116,63 @@ def _replay_push(session: Session, header: Header, payload: bytes) -> None:
     session.shared.pool.run(pushes.apply(session, decided, None, hold=False))
 
 
-def _push_of(header: Header, payload: bytes) -> tuple[Push, int]:
-    """The push of a record, and the bytes of its gradient."""
+def _facts_of(header: Header, payload: bytes) -> tuple[bytes, int]:
+    """What a record says, and the bytes of the gradient before it."""
     facts, size = header.meta[1:], len(payload)
     if header.meta[:1] == IN_PAYLOAD:
-        length = int.from_bytes(facts, "little")
-        size -= length
+        size -= int.from_bytes(facts, "little")
         facts = payload[size:]
+    return facts, size
+
+
+def _push_of(header: Header, payload: bytes) -> tuple[Push, int]:
+    """The push of a record, and the bytes of its gradient."""
+    facts, size = _facts_of(header, payload)
     worker, sequence = header.key or (None, None)
     return unpack_push(facts, worker, sequence, header.digest if header.key else b""), size
+
+
+def _replay_contribution(session: Session, header: Header, payload: bytes) -> None:
+    """Takes a contribution into its round again, as it was taken."""
+    arena = session.ready
+    facts, size = _facts_of(header, payload)
+    if header.key is None:
+        raise Damaged(f"record {header.number} is a contribution of nobody", "ring")
+    one = unpack_contribution(facts, header.key, header.digest)
+    if one.round != session.rounds.number:
+        raise Damaged(f"record {header.number} is of round {one.round}, which is not open", "ring")
+    gradient = None
+    if one.weight != 0:
+        if size != arena.size * DTYPES[one.dtype]:
+            raise Damaged(f"record {header.number} has {size} bytes of gradient", "ring")
+        flat, release = np.frombuffer(payload, NUMPY[one.dtype], arena.size), _nothing
+        if session.spec.update.holds:
+            flat, release = contributions.buffer_of(arena, flat, one.dtype)
+        control = PushControl(one.worker, one.sequence, None, one.loss)
+        gradient = Gradient(flat, one.dtype, control, release, one.present)
+    decided = contributions.Decided(one, gradient)
+    session.shared.pool.run(contributions.take(session, decided, number=header.number))
+
+
+def _replay_close(session: Session, header: Header, payload: bytes) -> None:
+    """Ends a round as it was ended."""
+    facts, _ = _facts_of(header, payload)
+    end = unpack_close(facts)
+    if session.rounds.open is None or end.round != session.rounds.number:
+        raise Damaged(f"record {header.number} ends round {end.round}, which is not open", "ring")
+    if end.status == "abandoned":
+        give_up(session, end.reason)
+    elif end.status == "skipped":
+        contributions.skip(session, end.reason, end.at)
+    else:
+        assert end.push is not None
+        _check_counts(session.ready, end.push, header.number)
+        session.shared.pool.run(contributions.reduce(session, session.rounds.open))
+        session.shared.pool.run(contributions.apply(session, end))
+
+
+def _nothing() -> None:
+    """Gives nothing back: the payload is memory of its own."""
 
 
 def _check_counts(arena: Arena, push: Push, number: int) -> None:

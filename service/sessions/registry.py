@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -238,6 +238,18 @@ class Sessions:
         chosen = names[:limit]
         more = chosen[-1] if len(names) > limit else None
         return [self._alive[name] for name in chosen], more
+
+    def workers(self) -> tuple[Callable[[], int], Callable[[], int]]:
+        """Two functions: how many workers are live, and how many pushes wait for others."""
+
+        def live() -> int:
+            return sum(len(one.members.live()) for one in list(self._alive.values()))
+
+        def waiting() -> int:
+            found = list(self._alive.values())
+            return sum(one.rounds.waiting + len(one.turns) for one in found)
+
+        return live, waiting
 
     def dismiss(self) -> None:
         """Ends every wait for a version and a backup, so that they do not hold up a stop."""

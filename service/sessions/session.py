@@ -17,6 +17,7 @@ from service.errors import (
     Internal,
     ParamsMissing,
     PreconditionFailed,
+    RoundClosed,
     ServiceError,
     SessionGone,
     StaleGradient,
@@ -27,15 +28,21 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.schemas import Group, PushControl, Spec, Terms, with_overrides
 from service.schemas import terms as terms_of
-from service.sessions import image, pushes, state, transfer, update
+from service.schemas.refusals import invalid
+from service.sessions import contributions, image, pushes, state, transfer, update
+from service.sessions.alarm import Alarm
 from service.sessions.arena import Arena, Piece, Tensor
 from service.sessions.disk import Disk
 from service.sessions.durable import Durable
 from service.sessions.history import History
 from service.sessions.lane import Lane, Program, stopping
-from service.sessions.ledger import Ledger
+from service.sessions.ledger import Contributed, Fate, Ledger
+from service.sessions.members import Members
 from service.sessions.pushes import Gradient, Outcome, Position
 from service.sessions.queue import Queue
+from service.sessions.records import Contribution
+from service.sessions.rounds import Rounds, give_up
+from service.sessions.turns import Turns
 from service.sessions.versions import Version
 from service.sessions.waiting import Waiting
 from service.settings import Settings
@@ -62,6 +69,8 @@ class Shared(NamedTuple):
     metrics: Metrics
     disk: Disk | None = None
     """The data folder, if there is one."""
+    clock: Callable[[], float] = time.monotonic
+    """Of leases and rounds, in seconds."""
 
 
 class Session:
@@ -96,7 +105,11 @@ class Session:
             self._refusal,
             self._pending,
         )
-        self.lane = Lane(shared.pool, self.waiting.wake)
+        self.lane = Lane(shared.pool, self._went_on)
+        self.members = Members(lambda: self.spec.update.lease_s, self._most_members, shared.clock)
+        self.rounds = Rounds(self.members, shared.clock)
+        self.turns = Turns(self.members, self._arm)
+        self.alarm = Alarm(shared.clock, self._due)
         self.committing: set[tuple[str, int]] = set()
         """Keys of the pushes that the lane is at."""
         self.queue = Queue(self)
@@ -121,6 +134,13 @@ class Session:
     def step(self) -> int:
         """Counts updates."""
         return self.at.step
+
+    def _most_members(self) -> int:
+        """How many workers may be live: a log has room for the contributions of so many."""
+        most, spec = self.shared.settings.max_workers, self.spec
+        if spec.update.mode != "sync" or spec.durability != "log":
+            return most
+        return min(most, spec.log_slots // 2 - 1)
 
     # What anyone may ask, on the event loop
 
@@ -206,7 +226,17 @@ class Session:
         staleness = at.version - base
         update = self.spec.update
         bound = update.max_staleness
+        if update.mode == "sync" and staleness:
+            self._late(control.worker)
+            raise RoundClosed(
+                f"The round of version {epoch}-{base} is closed; the session is at "
+                f"{at.epoch}-{at.version}. Nothing was counted: pull and compute again.",
+                base_version=f"{epoch}-{base}",
+                round=self.rounds.number,
+                **where,
+            )
         if bound is not None and staleness > bound and update.on_stale == "refuse":
+            self._late(control.worker)
             raise StaleGradient(
                 f"The gradient was computed {staleness} versions ago and at most {bound} are "
                 "admitted; pull and compute it again.",
@@ -216,6 +246,28 @@ class Session:
                 **where,
             )
         return staleness
+
+    def _late(self, worker: str | None) -> None:
+        if worker is not None:
+            self.members.late(worker)
+
+    def check_contribution(self, control: PushControl, ahead: Sequence[Contribution]) -> None:
+        """The checks of a push that joins a round, beside those of every push.
+
+        Args:
+            control: What it says of itself.
+            ahead: Contributions that are decided and not in the round yet.
+
+        Raises:
+            TooManyWorkers: Its worker has not joined, and there is no room for one more.
+            AlreadyContributed: Its worker has contributed to the round.
+            OverridesDiffer: The round's other contributions have other overrides.
+            InvalidRequest: A weight that the session's reduction does not know.
+        """
+        assert control.worker is not None
+        contributions.check_weight(self.spec.update, control.weight)
+        self.members.check_room(control.worker)
+        self.rounds.check_free(control.worker, control.overrides, ahead)
 
     def _survived(self, worker: str | None) -> dict[str, Any]:
         """Which pushes of a worker the session still knows, for one whose history was cut."""
@@ -240,6 +292,15 @@ class Session:
         """
         self.check_alive()
         key = control.key
+        mode = self.spec.update.mode
+        if control.worker is not None:
+            self.members.renew(control.worker)
+        elif mode != "async":
+            raise invalid(
+                "worker", f"In mode {mode} every push has worker, sequence and base_version."
+            )
+        if control.weight is not None and mode != "sync":
+            raise invalid("weight", f"A weight belongs to mode sync; this session is in {mode}.")
         if key is not None:
             if key in self.committing:
                 raise InFlight(
@@ -250,6 +311,10 @@ class Session:
             if self.ledger.find(*key) is not None:
                 return True
         self.check_base(control)
+        if mode == "sync":
+            self.check_contribution(control, ())
+        elif control.worker is not None:
+            self.members.check_room(control.worker)
         self.terms_of(control)
         return False
 
@@ -274,13 +339,15 @@ class Session:
         outcome: asyncio.Future[Outcome]
         if self.durable is not None and self.durable.logs:
             outcome = self.queue.put(gradient, hold=hold)
+        elif self.spec.update.mode == "sync":
+            outcome = self.lane.submit(contributions.contribute(self, gradient))
         else:
             program = pushes.one(self, gradient, hold=hold)
             outcome = self.lane.submit(program, here=partial(self._is_small, gradient))
         if outcome.done():
             gradient.release()
             return outcome.result()
-        outcome.add_done_callback(lambda _: gradient.release())
+        outcome.add_done_callback(partial(_let_go, gradient))
         try:
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
@@ -300,7 +367,7 @@ class Session:
         arena, spec = self.arena, self.spec
         if arena is None or arena.size > SMALL or len(arena.layout.entries) > FEW:
             return False
-        if spec.norms or arena.average is not None:
+        if spec.norms or arena.average is not None or spec.update.mode == "sync":
             return False
         try:
             terms = self.terms_of(gradient.control)
@@ -313,7 +380,109 @@ class Session:
         if outcome.cancelled():
             return
         outcome.set_result(value)
+        self._went_on()
+
+    # Rounds and turns
+
+    async def fate(self, fate: Fate, key: tuple[str, int], wait_s: float) -> Fate:
+        """Waits for the end of the round of a contribution.
+
+        Args:
+            fate: What became of it so far.
+            key: Its worker and sequence.
+            wait_s: For so long.
+
+        Returns:
+            What became of it by now: a summary, or that its round is still open.
+
+        Raises:
+            RoundAbandoned: Its round was abandoned; the number stays used.
+        """
+        if isinstance(fate, Contributed) and fate.reason is None:
+            await self.rounds.wait(fate.round, wait_s)
+            self.check_alive()
+            known = self.ledger.find(*key)
+            assert known is not None
+            fate = known.summary
+        if isinstance(fate, Contributed) and fate.reason is not None:
+            raise contributions.abandoned(self, fate, *key)
+        return fate
+
+    async def turn(self, worker: str | None, wait_s: float) -> bool | None:
+        """Waits until a worker is no longer too far ahead of the slowest one.
+
+        Returns:
+            Whether it still is; None in the modes in which nobody waits.
+        """
+        slack = self.spec.update.slack
+        if slack is None or worker is None:
+            return None
+        return await self.turns.wait(worker, slack, wait_s)
+
+    async def join(self, worker: str, lease_s: float | None) -> bool:
+        """Joins a worker or renews its lease.
+
+        Returns:
+            Whether it joined now.
+
+        Raises:
+            TooManyWorkers: As many are live as may be.
+            WorkerRetired: It has left, or was silent for too long.
+        """
+        self.check_alive()
+        self.ledger.check_retired(worker)
+        self.members.check_room(worker)
+        joined = self.members.touch(worker, lease_s)
+        self._arm()
+        return joined
+
+    async def leave(self, worker: str) -> bool:
+        """Takes a worker out: nobody waits for it any more, and its id is not used again.
+
+        Returns:
+            Whether it was known.
+        """
+        self.check_alive()
+        known = self.members.leave(worker) or self.ledger.standing(worker) is not None
+        self.ledger.retire(worker)
+        await self.tick()
+        return known
+
+    async def tick(self) -> None:
+        """Closes what is due: leases that ran out, and the round that waits for nobody else."""
+        if self.deleted:
+            return
+        await self.lane.run(contributions.settle(self))
+
+    def _due(self) -> None:
+        """The alarm rings."""
+        if not self.deleted:
+            self.lane.submit(contributions.settle(self))
+
+    def _went_on(self) -> None:
+        """After each program of the lane, on the event loop."""
         self.waiting.wake()
+        if self.spec.update.mode == "async":
+            return
+        refusal = self._refusal()
+        if refusal is not None:
+            self.alarm.cancel()
+            self.rounds.fail(refusal)
+            self.turns.fail(refusal)
+            return
+        self.rounds.wake()
+        self.turns.wake()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Sets the alarm to the next moment at which something has to end by itself."""
+        found = self.rounds.open
+        if found is None and not len(self.turns):
+            self.alarm.set(None)
+            return
+        ends = [] if found is None else [found.ends]
+        lapse = self.members.next_lapse()
+        self.alarm.set(min([*ends, *([] if lapse is None else [lapse])], default=None))
 
     # Pulls
 
@@ -342,6 +511,8 @@ class Session:
     def dismiss(self) -> None:
         """Ends the waits of pulls: the server stops, and nothing they wait for will come."""
         self.waiting.fail(stopping())
+        self.rounds.fail(stopping())
+        self.turns.fail(stopping())
 
     # Everything else that writes
 
@@ -445,8 +616,10 @@ class Session:
                 update.compile_all(self.arena, terms_of(spec), spec.dtype, norms=spec.norms)
             if spec != self.spec:
                 yield from self._log_patch(spec)
+            # An open round keeps the rules that it began with.
+            later = self.rounds.open is not None and spec.update != self.spec.update
             self.respecify(spec)
-            return self.step + 1
+            return self.step + 1 + later
 
         return await self.lane.run(program())
 
@@ -458,8 +631,10 @@ class Session:
         revision = self.revision + 1
         facts = {"spec": image.stated(spec), "revision": revision}
         if not (yield from durable.record(Kind.PATCH, facts)):
-            standing = replace(image.Standing.of(self), spec=spec, revision=revision)
+            now = image.Standing.of(self)
+            standing = replace(now, spec=spec, revision=revision, cut="patch")
             yield from durable.replace(standing, grown=False)
+            give_up(self, "patch")
 
     async def delete(self) -> None:
         """Ends the session: what was admitted runs to its end, everything later is refused.
@@ -492,6 +667,8 @@ class Session:
         return await self.lane.run(program())
 
     def _free(self) -> Program[None]:
+        if self.rounds.open is not None:
+            self.rounds.open.release()
         if self.arena is not None:
             self.shared.budget.release(transfer.freed(self.arena, self.spec.dtype))
             self.arena = None  # nothing else may keep the arrays alive
@@ -512,6 +689,12 @@ class Session:
             "state": sum(array.size for array in self.arena.state) * size,
             "gradient": one,
         }
+
+
+def _let_go(gradient: Gradient, outcome: "asyncio.Future[Outcome]") -> None:
+    """Gives a gradient back, unless a round keeps it."""
+    if outcome.cancelled() or outcome.exception() is not None or not outcome.result().kept:
+        gradient.release()
 
 
 def _nothing() -> Program[None]:

@@ -89,12 +89,12 @@ def load_state(
     target = arena.versions.fresh()  # may refuse, so it comes before the first write
     try:
         yield [partial(np.copyto, target, arena.versions.head.flat)]
-        yield from _commit(session, arena, target, loaded, step, grown=False)
+        yield from _commit(session, arena, target, loaded, step, grown=False, cut="state")
     except BaseException:
         arena.versions.drop(target)
         raise
     _take(session, arena, loaded, step)
-    begin_epoch(session, arena, target)
+    begin_epoch(session, arena, target, "state")
 
 
 def restore(
@@ -133,7 +133,8 @@ def restore(
         )
         if not fresh:
             yield from place(arena.layout, contents.params, target, session.spec.dtype)
-        yield from _commit(session, arena, target, loaded, contents.step, grown=fresh)
+        step = contents.step
+        yield from _commit(session, arena, target, loaded, step, grown=fresh, cut="restore")
     except BaseException:
         arena.versions.drop(target)
         if fresh:
@@ -144,7 +145,7 @@ def restore(
         session.arena = arena
         publish(session, arena, target)
     else:
-        begin_epoch(session, arena, target)
+        begin_epoch(session, arena, target, "restore")
 
 
 def _named(arena: Arena, contents: "Contents") -> dict[str, dict[str, float]]:
@@ -198,7 +199,14 @@ def _checked(
 
 
 def _commit(
-    session: "Session", arena: Arena, target: Array, loaded: _Loaded, step: int, *, grown: bool
+    session: "Session",
+    arena: Arena,
+    target: Array,
+    loaded: _Loaded,
+    step: int,
+    *,
+    grown: bool,
+    cut: str,
 ) -> Program[None]:
     """Makes the new state durable, where the session is; before anyone sees it."""
     if session.durable is None:
@@ -210,6 +218,7 @@ def _commit(
         arena=arena,
         flat=target,
         state=[flat for _, flat in loaded.pieces],
+        cut=cut,
         runs=[one for few in loaded.runs for one in few for _ in range(one.first, one.last)],
     )
     yield from session.durable.replace(standing, grown=grown)

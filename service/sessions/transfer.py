@@ -16,7 +16,7 @@ from gradpost.protocol.tensors import HeaderError, build_header
 from kernels import convert, cpu, reduce
 from service.errors import Nonfinite, SpecDiffers, TensorMismatch
 from service.schemas import Group, Spec, parse_group, parse_spec, terms
-from service.sessions import update
+from service.sessions import rounds, update
 from service.sessions.arena import (
     Arena,
     Array,
@@ -58,12 +58,12 @@ def load(
         yield from place(arena.layout, tensors, target, session.spec.dtype)
         if session.durable is not None:
             now = Standing.of(session)
-            standing = replace(now, at=next_epoch(session.at), flat=target)
+            standing = replace(now, at=next_epoch(session.at), flat=target, cut="params")
             yield from session.durable.replace(standing, grown=False)
     except BaseException:
         arena.versions.drop(target)
         raise
-    begin_epoch(session, arena, target)
+    begin_epoch(session, arena, target, "params")
 
 
 def _first(session: "Session", tensors: Sequence[Tensor]) -> Program[None]:
@@ -117,6 +117,7 @@ def _arena(session: "Session", layout: Layout, spec: Spec) -> Arena:
         spec.dtype,
         average=spec.ema is not None,
         copied=spec.durability != "none",
+        rounds=spec.update,
         settings=shared.settings,
         budget=shared.budget,
     )
@@ -166,11 +167,12 @@ def next_epoch(at: "Position") -> "Position":
     return at._replace(epoch=at.epoch + 1, version=1)
 
 
-def begin_epoch(session: "Session", arena: Arena, flat: Array) -> None:
-    """Makes an array the first version of the next epoch."""
+def begin_epoch(session: "Session", arena: Arena, flat: Array, reason: str) -> None:
+    """Makes an array the first version of the next epoch; an open round is abandoned."""
     now = next_epoch(session.at)
     arena.versions.publish(now.epoch, now.version, now.step, flat)
     session.at = now
+    rounds.give_up(session, reason)
 
 
 def place(layout: Layout, tensors: Sequence[Tensor], target: Array, master: str) -> Program[None]:
@@ -194,12 +196,13 @@ def place(layout: Layout, tensors: Sequence[Tensor], target: Array, master: str)
 
 def freed(arena: Arena, dtype: str) -> int:
     """Gives up the arrays; returns the bytes of the budget that nobody holds any more."""
-    # The two version buffers are the versions' own to give back: readers hold some. So is the
-    # gradient that a push in flight is written to.
-    kept = 2 * arena.size * DTYPES[dtype] + arena.gradients.nbytes - arena.gradients.close()
+    # The two version buffers are the versions' own to give back: readers hold some. So are the
+    # gradients that pushes in flight are written to.
+    own = arena.gradients.nbytes * arena.gradients.kept
+    kept = 2 * arena.size * DTYPES[dtype] + own - arena.gradients.close()
     arena.versions.close()
     arena.groups = ()
-    arena.average = None
+    arena.average = arena.total = arena.reduced = None
     return arena.reserved - kept
 
 
@@ -256,7 +259,7 @@ def add_group(
         if session.durable is not None:
             more = session.added if added.name is None else {**session.added, added.name: added}
             revision = session.revision + 1
-            standing = Standing(changed, more, revision, now, grown, target)
+            standing = Standing(changed, more, revision, now, grown, target, cut="groups")
             yield from session.durable.replace(standing, grown=True)
     except BaseException:
         grown.versions.drop(target)
@@ -271,6 +274,7 @@ def adopt(session: "Session", grown: "Grown | None") -> bool:
     if grown is None:
         return False
     assert session.arena is not None
+    rounds.give_up(session, "groups")  # before its buffers go
     session.shared.budget.release(freed(session.arena, session.spec.dtype))
     session.arena = grown.arena
     session.respecify(grown.spec)

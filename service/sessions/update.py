@@ -177,7 +177,13 @@ def _root(blocks: Sequence[Array]) -> float:
 
 
 def moves(
-    terms: Sequence[Terms], sums: Sums, scale: float, lr_factor: float, shrink: float
+    terms: Sequence[Terms],
+    sums: Sums,
+    scale: float,
+    lr_factor: float,
+    shrink: float,
+    *,
+    turned: bool = False,
 ) -> tuple[Move, ...]:
     """What each group does: its learning rate, and what its gradient is multiplied by.
 
@@ -187,6 +193,7 @@ def moves(
         scale: What the gradient is divided by.
         lr_factor: Of the schedule.
         shrink: What the learning rate is divided by, for staleness.
+        turned: Whether the gradient is the opposite of what came.
     """
     found = []
     for index, one in enumerate(terms):
@@ -201,7 +208,7 @@ def moves(
                 bound, norm = clip.global_norm, sums.norm / scale
             assert bound is not None
             factor *= min(1.0, bound / (norm + 1e-6))
-        found.append(Move(one, lr, factor, limit))
+        found.append(Move(one, lr, -factor if turned else factor, limit))
     return tuple(found)
 
 
@@ -210,7 +217,7 @@ def clipped(chosen: Sequence[Move], sums: Sums, scale: float) -> bool:
     for move in chosen:
         if move.terms.clip is None or move.terms.frozen:
             continue
-        if move.factor < 1.0 / scale or (move.limit is not None and sums.largest > move.limit):
+        if abs(move.factor) < 1.0 / scale or (move.limit is not None and sums.largest > move.limit):
             return True
     return False
 

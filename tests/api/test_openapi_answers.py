@@ -29,7 +29,7 @@ class Case(NamedTuple):
     def call(self, api):
         """The answer to it."""
         path = self.template.replace("{id}", self.id) + self.query
-        path = path.replace("{worker}", "v").replace("{name}", "c")
+        path = path.replace("{worker}", "v").replace("{name}", "c").replace("{number}", "7")
         return api.call(self.method, path, self.body, **self.headers)
 
 
@@ -79,7 +79,8 @@ def uploads(what):
 
 CREATE, SESSION, STEPS = "/v1/sessions", "/v1/sessions/{id}", "/v1/sessions/{id}/steps"
 PARAMS, STATE, HISTORY = (f"{SESSION}/{what}" for what in ("params", "state", "history"))
-WORKER = f"{SESSION}/workers/{{worker}}"
+WORKERS = f"{SESSION}/workers"
+WORKER, ROUND = f"{WORKERS}/{{worker}}", f"{SESSION}/rounds/{{number}}"
 CHECKPOINTS, RESTORE = f"{SESSION}/checkpoints", f"{SESSION}/restore"
 CHECKPOINT = f"{CHECKPOINTS}/{{name}}"
 COUNTS = {"w": 0, "b": 0, "s": 0}
@@ -94,7 +95,7 @@ CASES = [
     *sessions("PATCH", SESSION, {}),
     *bodies("PATCH", SESSION),
     Case("structural", "PATCH", SESSION, body={"dtype": "F64"}),
-    Case("not-supported-yet", "PATCH", SESSION, body={"update": {"mode": "sync"}}),
+    Case("not-supported-yet", "PATCH", SESSION, body={"optimizer": {"fused": True}}),
     Case("data-dir-missing", "PUT", SESSION, "new", body={**ADAM, "durability": "log"}),
     Case("data-dir-missing", "POST", CREATE, "new", body={**ADAM, "durability": "log"}),
     Case("device-unavailable", "PATCH", SESSION, body={"device": "cuda:0"}),
@@ -121,8 +122,14 @@ CASES = [
     Case("invalid-tensors", "PUT", STATE, body={"state": [], "counts": COUNTS, "step": 0}),
     Case("tensor-mismatch", "PUT", STATE, body={"state": {}, "counts": COUNTS, "step": 0}),
     Case("nonfinite", "PUT", STATE, body={"state": {"x": 1e39}, "counts": COUNTS, "step": 0}),
-    *sessions("GET", WORKER),
-    Case("worker-unknown", "GET", WORKER),
+    *[case for method in ("GET", "PUT", "DELETE") for case in sessions(method, WORKER)],
+    *[Case("worker-unknown", method, WORKER) for method in ("GET", "DELETE")],
+    Case("too-many-workers", "PUT", WORKER),
+    Case("invalid-request", "PUT", WORKER, body={"lease_s": 0}),
+    Case("unsupported-media-type", "PUT", WORKER, body=b"x", headers={"content_type": OCTET}),
+    *sessions("GET", WORKERS),
+    *sessions("GET", ROUND),
+    Case("round-unknown", "GET", ROUND),
     *[Case("data-dir-missing", *one) for one in (
         ("GET", CHECKPOINTS), ("POST", CHECKPOINTS), ("GET", CHECKPOINT), ("DELETE", CHECKPOINT),
     )],
@@ -142,7 +149,7 @@ CASES = [
     *bodies("POST", STEPS),
     Case("params-missing", "POST", STEPS, "empty", body={"grads": GRADS}),
     Case("not-acceptable", "POST", STEPS, body=PUSH, headers={"accept": "image/png"}),
-    Case("not-supported-yet", "POST", STEPS, body={**PUSH, "weight": 2}),
+    Case("not-supported-yet", "POST", STEPS, body={**PUSH, "found_inf": 1}),
     Case("epoch-changed", "POST", STEPS, body={**PUSH, "base_version": "1-1"}),
     Case("version-unknown", "POST", STEPS, body={**PUSH, "base_version": "2-99"}),
     Case("stale-gradient", "POST", STEPS, body={**PUSH, "base_version": "2-0"}),

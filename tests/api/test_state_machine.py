@@ -171,6 +171,7 @@ class Sessions(RuleBasedStateMachine):
             "applied": True, "replayed": False, "identified": worker is not None,
             "staleness": staleness, "lr": model.lr, "clipped": False, "skipped": None,
             "params_finite": True, "update_norm": None, "param_norm": None, "round": None,
+            "contributions": None, "ahead": None, "wire": None,
         }  # fmt: skip
         if worker is not None:
             push.summary = reply.json

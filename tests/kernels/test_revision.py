@@ -26,7 +26,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 ROWS = [row for row in revision.DIGESTS if not row.endswith(" others")] + ["adam others"]
 FEW = [
     "adam F32 F32", "adam F32 BF16", "lion F32 F32", "rprop F64 F64", "yogi F32 F32",
-    "convert F64 BF16", "convert F32 F16", "average F32",
+    "convert F64 BF16", "convert F32 F16", "average F32", "accumulate BF16 F32", "robust F16 F64",
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_the_table_has_a_row_for_everything():
     assert list(revision.DIGESTS) == list(dict.fromkeys(rows)), STALE
     per_tensor = {rule for rule in RULES if RULES[rule].tensorwise}
     assert {row.removesuffix(" others") for row in rows} == {
-        *COEFFICIENTS, *per_tensor, "convert", "average"
+        *COEFFICIENTS, *per_tensor, "convert", "average", *revision.ROUNDS
     }  # fmt: skip
     assert set(tensorwise.FUNCTIONS) == per_tensor
     assert digests.USUAL == tuple(cases.PAIRS)
@@ -129,7 +129,11 @@ def test_the_revision_is_that_of_the_rules_a_session_has(monkeypatch):
         monkeypatch.undo()
         of_all = row in ("convert", "average")
         rule = row.partition(" ")[0].partition("_")[0]
-        assert moved == (set(names) if of_all else {rule} - {"muon"}), row
+        assert moved == (set(names) if of_all else {rule} - {"muon", *revision.ROUNDS}), row
+    assert revision.of(["adam", "accumulate"]) not in (
+        found["adam"],
+        revision.of(["adam", "robust"]),
+    )
 
 
 def test_the_revision_under_muon_has_the_products_too(monkeypatch):

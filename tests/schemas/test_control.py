@@ -131,7 +131,7 @@ def test_misspelt_controls(wrong, right, text):
         parse_control({wrong: "1"}, text=text)
 
 
-@pytest.mark.parametrize("name", ["weight", "found_inf"])
+@pytest.mark.parametrize("name", ["found_inf"])
 def test_controls_of_later_versions(name):
     with pytest.raises(NotSupportedYet, match=name) as caught:
         parse_control({name: "1"}, text=True)
@@ -177,20 +177,20 @@ def test_bad_ids(name):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (None, Prefer(0.0, False)),
-        ("", Prefer(0.0, False)),
+        (None, Prefer(None, False)),
+        ("", Prefer(None, False)),
         ("wait=5", Prefer(5.0, False)),
         ("wait=0.25, return=representation", Prefer(0.25, True)),
-        ("return=minimal", Prefer(0.0, False)),
-        ("return=minimal, return=representation", Prefer(0.0, False)),
+        ("return=minimal", Prefer(None, False)),
+        ("return=minimal, return=representation", Prefer(None, False)),
         ('WAIT="3"; x=1 , Return=Representation', Prefer(3.0, True)),
         ("wait=100000", Prefer(60.0, False)),
-        ("wait=-1", Prefer(0.0, False)),
-        ("wait=1e9", Prefer(0.0, False)),
-        ("wait=nan", Prefer(0.0, False)),
-        ("wait=٣", Prefer(0.0, False)),
+        ("wait=-1", Prefer(None, False)),
+        ("wait=1e9", Prefer(None, False)),
+        ("wait=nan", Prefer(None, False)),
+        ("wait=٣", Prefer(None, False)),
         ("respond-async, wait = 2", Prefer(2.0, False)),
-        ("=,;=,,", Prefer(0.0, False)),
+        ("=,;=,,", Prefer(None, False)),
     ],
 )
 def test_prefer(value, expected):
@@ -200,7 +200,7 @@ def test_prefer(value, expected):
 @given(st.text())
 def test_any_prefer_is_read(value):
     prefer = parse_prefer(value, 60.0)
-    assert 0 <= prefer.wait_s <= 60
+    assert prefer.wait_s is None or 0 <= prefer.wait_s <= 60
 
 
 def test_counts():
@@ -243,3 +243,20 @@ def test_overrides_have_one_canonical_form():
 def test_an_incarnation_is_32_digits(value):
     with pytest.raises(InvalidRequest, match="hexadecimal"):
         parse_control({"incarnation": value}, text=False)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 2e30, 1e300, 1e-31, "x", True, [], {}])
+def test_bad_weights(value):
+    assert field_of({"weight": value}, text=False) == "weight"
+    if isinstance(value, float):
+        assert field_of({"weight": repr(value)}, text=True) == "weight"
+
+
+def test_a_weight_is_a_number_and_0_a_pass():
+    assert parse_control({"weight": "2.5"}, text=True).weight == 2.5
+    assert parse_control({"weight": 0}, text=False).is_pass
+    assert parse_control({"weight": "-0.0"}, text=True).is_pass
+    assert not parse_control({}, text=True).is_pass
+    one, same = parse_control({"weight": 1}, text=False), parse_control({}, text=False)
+    assert one.canonical == same.canonical
+    assert parse_control({"weight": 2}, text=False).canonical != same.canonical

@@ -328,6 +328,42 @@ class BackupRefused(RefusedError):
     slug = "backup-refused"
 
 
+class RoundUnknown(RefusedError):
+    """No such round."""
+
+    slug = "round-unknown"
+
+
+class RoundClosed(RefusedError):
+    """The round of this gradient is closed: pull and compute again."""
+
+    slug = "round-closed"
+
+
+class RoundAbandoned(RefusedError):
+    """The round was abandoned, and the push with it: pull and compute again."""
+
+    slug = "round-abandoned"
+
+
+class AlreadyContributed(RefusedError):
+    """The worker has contributed to this round."""
+
+    slug = "already-contributed"
+
+
+class OverridesDiffer(RefusedError):
+    """The round's other contributions have other overrides."""
+
+    slug = "overrides-differ"
+
+
+class NormExceeded(RefusedError):
+    """The gradient's norm is above the session's bound."""
+
+    slug = "norm-exceeded"
+
+
 class SessionGone(RefusedError):
     """The session was deleted."""
 

@@ -27,7 +27,8 @@ _FINAL = (
     "params-missing average-missing device-unavailable session-gone length-required "
     "precondition-failed body-too-large unsupported-media-type unsupported-encoding "
     "invalid-request not-supported-yet invalid-tensors tensor-mismatch nonfinite key-reused "
-    "too-many-workers insufficient-memory backup-refused backup-failed"
+    "too-many-workers insufficient-memory backup-refused backup-failed round-unknown round-closed "
+    "round-abandoned already-contributed overrides-differ norm-exceeded"
 ).split()
 _RETRYABLE = (
     "request-timeout in-flight version-pending too-many-sessions overloaded log-full internal "
