@@ -88,9 +88,8 @@ class Budget:
                 memory_bytes=self.total,
             )
 
-    @contextmanager
-    def lend(self, n: int) -> Iterator[None]:
-        """Reserves n bytes for as long as the block runs.
+    def borrow(self, n: int) -> None:
+        """Reserves n bytes of one body, for a while.
 
         Raises:
             Overloaded: They do not fit now; the caller may try again after a second.
@@ -103,6 +102,15 @@ class Budget:
                 needed_bytes=n,
                 memory_bytes=self.total,
             )
+
+    @contextmanager
+    def lend(self, n: int) -> Iterator[None]:
+        """Reserves n bytes for as long as the block runs.
+
+        Raises:
+            Overloaded: As `borrow` raises it.
+        """
+        self.borrow(n)
         try:
             yield
         finally:

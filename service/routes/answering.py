@@ -8,12 +8,21 @@ from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 
-from gradpost.protocol import EPOCH, INCARNATION, JSON, SAFETENSORS, STEP, SUMMARY, VERSION
+from gradpost.protocol import (
+    EPOCH,
+    INCARNATION,
+    JSON,
+    SAFETENSORS,
+    SINCE,
+    STEP,
+    SUMMARY,
+    VERSION,
+)
 from gradpost.protocol.dtypes import DTYPES, NUMPY
 from gradpost.protocol.tensors import build_header
-from gradpost.protocol.versions import etag
+from gradpost.protocol.versions import etag, format_version
 from service.answers import TensorAnswer
-from service.errors import InvalidRequest, NotAcceptable, Overloaded
+from service.errors import InvalidRequest, NotAcceptable, Overloaded, VersionUnknown
 from service.limits import Budget
 from service.sessions.contributions import told
 from service.sessions.conversion import Packed, converted
@@ -38,6 +47,10 @@ class Wanted(NamedTuple):
     names: tuple[str, ...] | None
     dtype: str | None
     average: bool = False
+    since: tuple[int, int] | None = None
+    """The version that the asker has; None: everything is sent."""
+    changed: frozenset[int] = frozenset()
+    """Layout entries that differ from that version."""
 
     @property
     def representation(self) -> str:
@@ -45,6 +58,8 @@ class Wanted(NamedTuple):
         mark = f"{self.media.kind}.{self.dtype or self.media.dtype or 'master'}"
         if self.average:
             mark += ".ema"
+        if self.since is not None:
+            mark += f".since-{format_version(*self.since)}"
         if self.names is None:
             return mark
         names = "\0".join(sorted(set(self.names)))
@@ -69,6 +84,27 @@ def wanted(media: Media, names: tuple[str, ...] | None, dtype: str | None) -> Wa
             available=[SAFETENSORS],
         )
     return Wanted(media, names, dtype)
+
+
+def lacking(
+    session: Session, want: Wanted, since: tuple[int, int] | None, at: tuple[int, int]
+) -> Wanted:
+    """What an asker who has the version `since` lacks of the version `at`; all if in doubt.
+
+    Raises:
+        VersionUnknown: There is no such version yet.
+    """
+    if since is None:
+        return want
+    if since > at:
+        raise VersionUnknown(
+            f"since={format_version(*since)} does not exist; the newest version is "
+            f"{format_version(*at)}. Was the server restarted? Pull without it.",
+            epoch=at[0],
+            version=at[1],
+        )
+    changed = session.changes.since(since, at)
+    return want if changed is None else want._replace(since=since, changed=changed)
 
 
 def summary_text(summary: Summary, *, replayed: bool, ahead: bool | None = None) -> str:
@@ -155,16 +191,23 @@ async def _rendered(
     done: Callable[[], None],
 ) -> Response:
     layout = version.owner.layout  # the session's own may have grown since
-    entries = select(layout, want.names)
+    entries, names = select(layout, want.names), want.names
+    if want.since is not None:
+        wanted = frozenset(entry.name for entry in entries)
+        pairs = enumerate(layout.entries)
+        entries = [e for at, e in pairs if at in want.changed and e.name in wanted]
+        names = tuple(entry.name for entry in entries)
     headers = {
         **_numbers(version.epoch, version.number, version.step),
         "ETag": etag(version.epoch, version.number, want.representation),
+        INCARNATION: session.incarnation,
     }
+    if want.since is not None:
+        headers[SINCE] = format_version(*want.since)
     if summary is None:
         headers |= {
             "Vary": "Accept, Prefer",
             "Cache-Control": "no-cache",
-            INCARNATION: session.incarnation,
         }
     else:  # nobody caches the answer to a POST
         headers[SUMMARY] = summary
@@ -179,8 +222,8 @@ async def _rendered(
     facts = _facts(version, summary)
     if asked == master:
         if want.media.kind == "raw":
-            return TensorAnswer(raw.parts(layout, version.flat, want.names), 200, headers, done)
-        body = safetensors.parts(layout, version.flat, master, want.names, facts)
+            return TensorAnswer(raw.parts(layout, version.flat, names), 200, headers, done)
+        body = safetensors.parts(layout, version.flat, master, names, facts)
         return TensorAnswer(body, 200, headers, done)
     dtypes = [entry.dtype if asked == "model" else asked for entry in entries]
     rows = ((e.name, d, e.shape) for e, d in zip(entries, dtypes, strict=True))

@@ -3,11 +3,18 @@
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from gradpost.protocol import JSON
+from gradpost.protocol import JSON, SAFETENSORS
 from gradpost.protocol.versions import etag, parse_tag
-from service.errors import EpochChanged, PreconditionFailed
+from service.errors import EpochChanged, NotAcceptable, PreconditionFailed
 from service.routes import reading
-from service.routes.answering import average_answer, not_modified, params_answer, wanted
+from service.routes.answering import (
+    Wanted,
+    average_answer,
+    lacking,
+    not_modified,
+    params_answer,
+    wanted,
+)
 from service.routes.documents import (
     BODY,
     DTYPE,
@@ -83,7 +90,8 @@ def expected(request: Request, session: Session) -> Base | None:
         **refusals(
             *SESSION,
             *("not-acceptable", "params-missing", "tensor-mismatch", "invalid-request"),
-            *("version-pending", "epoch-changed", "average-missing", "overloaded"),
+            *("version-pending", "version-unknown", "epoch-changed", "average-missing"),
+            "overloaded",
         ),
     },
     openapi_extra={
@@ -97,6 +105,12 @@ def expected(request: Request, session: Session) -> Base | None:
             ),
             query("worker", "Who pulls; its lease is renewed.", WORKER),
             query("min_version", "The least version to answer with.", VERSION),
+            query(
+                "since",
+                "The version that the asker has: the answer may hold only the tensors that have "
+                "changed since, and then says so by the header `Gradpost-Since`.",
+                VERSION,
+            ),
             PREFER,
             header("If-None-Match", "The ETag of a pull before.", {"type": "string"}),
         ]
@@ -109,11 +123,11 @@ async def pull(id: str, request: Request) -> Response:
     pairs = request.query_params.multi_items()
     asked = one_of_each(pairs, many=("names",))
     names = tuple(value for name, value in pairs if name == "names") or None
-    unknown = sorted(asked.keys() - {"dtype", "min_version", "of", "worker"})
+    unknown = sorted(asked.keys() - {"dtype", "min_version", "of", "since", "worker"})
     if unknown:
         raise invalid(
             unknown[0][:80],
-            "Not known here; a pull takes names, dtype, min_version, of and worker.",
+            "Not known here; a pull takes names, dtype, min_version, since, of and worker.",
         )
     if "worker" in asked:
         session.members.renew(check_worker(asked["worker"]))
@@ -121,6 +135,7 @@ async def pull(id: str, request: Request) -> Response:
         raise invalid("of", "params (or leave it out), or ema, the average of the parameters.")
     want = wanted(choose_accept(request.headers.get("accept")), names, asked.get("dtype"))
     want = want._replace(average=asked.get("of") == "ema")
+    since = _since(asked, want)
     at_least = None
     if "min_version" in asked:
         at_least = parse_base("min_version", asked["min_version"])
@@ -133,15 +148,40 @@ async def pull(id: str, request: Request) -> Response:
             )
     session.ready  # noqa: B018 - refuses a session without parameters
     wait = parse_prefer(request.headers.get("prefer"), state.settings.wait_cap_s).wait_s
-    current = etag(session.epoch, session.version, want.representation)
-    reached = at_least is None or (session.epoch, session.version) >= at_least
-    if reached and not_modified(request, current):
-        return Response(status_code=304, headers={"ETag": current, "Vary": "Accept, Prefer"})
+    here = session.epoch, session.version
+    if at_least is None or here >= at_least:
+        current = etag(*here, lacking(session, want, since, here).representation)
+        if not_modified(request, current):
+            return Response(status_code=304, headers={"ETag": current, "Vary": "Accept, Prefer"})
     version = await session.hold(at_least, wait or 0.0)
     if want.average:
         session.release(version)  # what was waited for is there; the average is copied now
         return await average_answer(session, want, state.budget)
+    try:
+        want = lacking(session, want, since, (version.epoch, version.number))
+    except BaseException:
+        session.release(version)
+        raise
     return await params_answer(session, version, want, None)
+
+
+def _since(asked: dict[str, str], want: Wanted) -> tuple[int, int] | None:
+    """The version that the asker has.
+
+    Raises:
+        InvalidRequest: It is none, or the average is asked for, all of which changes each time.
+        NotAcceptable: A raw body, which could not say which tensors it holds.
+    """
+    if "since" not in asked:
+        return None
+    if want.average:
+        raise invalid("since", "Not with of=ema, all of which changes with each update.")
+    if want.media.kind == "raw":
+        raise NotAcceptable(
+            f"A raw body is always whole; ask for since as {SAFETENSORS} or {JSON}.",
+            available=[SAFETENSORS, JSON],
+        )
+    return parse_base("since", asked["since"])
 
 
 @router.put(

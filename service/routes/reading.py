@@ -1,5 +1,6 @@
 """From the body of a request to arrays: which form it has, how long it may be, where it goes."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -19,12 +20,15 @@ from service.sessions.lane import in_pool
 from service.sessions.layout import Layout
 from service.sessions.pushes import Gradient
 from service.sessions.session import Session
-from service.wire import body, json, media, raw, safetensors
+from service.wire import body, compact, json, media, raw, safetensors
 from service.wire.fit import presence
+from service.wire.rows import Taking
 
 T = TypeVar("T")
 CHECKPOINT_HEADER = 4 * MAX_HEADER_BYTES
 """Bytes: it names each tensor and all of its state."""
+_LOSSY = {"F16": "f16", "BF16": "bf16"}
+"""What a summary says of gradient dtypes that no session has."""
 SMALL_JSON = 65_536
 """Bytes up to which a JSON body is not reserved, and is parsed on the event loop."""
 
@@ -130,6 +134,11 @@ def _anything(entry: object) -> bool:
     return True
 
 
+def _taking(session: Session, *, known: bool) -> Taking:
+    """What the session says to the tensors of a push."""
+    return Taking(_anything if known else session.may_miss, lazy=lambda entry: False)
+
+
 def _prefix(layout: Layout, size: int) -> Layout:
     """The layout of before a group was added, if a vector of this size was whole then."""
     for count, entry in enumerate(layout.entries, 1):
@@ -157,29 +166,96 @@ async def _streamed(
         while taken:
             arena.gradients.release(taken.pop())
 
+    kept = _Kept(request.app.state.budget)
     try:
         if form.kind == "raw":
             assert form.dtype is not None
             if known:
                 layout = _prefix(layout, length // DTYPES[form.dtype])
-            reader: raw.RawReader | safetensors.SafetensorsReader = raw.raw_reader(
+            reader: raw.RawReader | compact.PushReader = raw.raw_reader(
                 layout, form.dtype, master, length, acquire
             )
         else:
-            may_miss = _anything if known else session.may_miss
-            reader = safetensors.grads_reader(layout, master, length, acquire, may_miss)
+            taking = _taking(session, known=known)
+            reader = compact.push_reader(layout, master, length, acquire, kept.keep, taking)
         await body.receive(stream(request), length, reader)
     except BaseException:
         release()
+        kept.release()
         raise
+    if isinstance(reader, compact.PushReader) and reader.plan is not None:
+        return await _decoded(request, arena, control, reader.plan, reader.data, kept)
     dtype = reader.dtype
     assert dtype is not None
     flat = taken[0][: arena.size * DTYPES[dtype]].view(NUMPY[dtype])
     came: Mapping[str, Any] = layout.index
-    if isinstance(reader, safetensors.SafetensorsReader):
+    if isinstance(reader, compact.PushReader):
         came = reader.names
     present = presence(arena.layout, came)
-    return Gradient(flat, dtype, control, release, present)
+    return Gradient(flat, dtype, control, release, present, wire=_LOSSY.get(dtype))
+
+
+class _Kept:
+    """What a push in small forms holds of the budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._held = 0
+
+    def keep(self, plan: compact.Plan) -> np.ndarray[Any, Any]:
+        """The memory that a body is kept in."""
+        self._budget.borrow(plan.nbytes)
+        self._held = plan.nbytes
+        return np.empty(plan.data_bytes, np.uint8)
+
+    def release(self, lasting: int = 0) -> None:
+        """Gives all of it back, but for so much."""
+        self._budget.release(self._held - lasting)
+        self._held = lasting
+
+
+async def _decoded(
+    request: Request,
+    arena: Arena,
+    control: PushControl,
+    plan: compact.Plan,
+    data: np.ndarray[Any, Any],
+    kept: _Kept,
+) -> Gradient:
+    """The gradient of a body that was kept, in the session's dtype."""
+    taken: list[np.ndarray[Any, Any]] = []
+
+    def release() -> None:
+        while taken:
+            arena.gradients.release(taken.pop())
+        kept.release()
+
+    def work() -> Gradient:
+        compact.check(plan, data)
+        taken.append(arena.gradients.acquire())
+        flat = taken[0][: arena.size * DTYPES[plan.master]].view(NUMPY[plan.master])
+        found = compact.write(plan, data, flat)
+        present = presence(arena.layout, found.came)
+        return Gradient(
+            flat, plan.master, control, release, present, rows=found.rows, wire=found.wire
+        )
+
+    def ended(job: "asyncio.Future[Gradient]") -> None:
+        release()
+        if not job.cancelled():
+            job.exception()  # nobody is left who would ask for it
+
+    job = asyncio.ensure_future(_aside(request, max(data.size, arena.gradients.nbytes), work))
+    try:
+        gradient = await asyncio.shield(job)
+    except asyncio.CancelledError:
+        job.add_done_callback(ended)  # until then the pool may be writing
+        raise
+    except BaseException:
+        release()
+        raise
+    kept.release(plan.lasting)
+    return gradient
 
 
 async def _json_gradient(request: Request, session: Session, query: dict[str, str]) -> Gradient:
@@ -206,8 +282,9 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
     arena = session.ready
     master = session.spec.dtype
     limit = request.app.state.settings.json_elements
-    came = await _aside(request, length, partial(json.tensors, found["grads"], master, limit))
-    if not came:
+    read = partial(json.gradients, found["grads"], master, limit)
+    came, some = await _aside(request, length, read)
+    if not came and not some:
         raise TensorMismatch("The push holds no tensors; send every tensor of the session.")
     buffer = arena.gradients.acquire()
 
@@ -216,12 +293,13 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
 
     flat = buffer[: arena.size * DTYPES[master]].view(NUMPY[master])
     try:
-        json.fill(arena.layout, came, flat, _anything if known else session.may_miss)
+        rows = json.fill(arena.layout, came, flat, _taking(session, known=known), some)
     except BaseException:
         release()
         raise
-    present = presence(arena.layout, {name: shape for name, shape, _ in came})
-    return Gradient(flat, master, control, release, present)
+    names = dict.fromkeys([*(name for name, _, _ in came), *(given.name for given in some)])
+    present = presence(arena.layout, names)
+    return Gradient(flat, master, control, release, present, rows=rows)
 
 
 async def upload(

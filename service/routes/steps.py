@@ -42,7 +42,12 @@ _INCARNATION = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _PUSH = {
     "type": "object",
     "properties": {
-        "grads": {"type": "object", "description": "Tensor name → nested lists of numbers."},
+        "grads": {
+            "type": "object",
+            "description": "Tensor name → nested lists of numbers, or some rows of it: "
+            '`{"idx": [row numbers], "rows": [their values]}`. A safetensors body may hold '
+            "`t#idx` and `t#rows`, `t#q8` and `t#scale`, or `t#topk` and `t#values` for `t`.",
+        },
         "worker": WORKER,
         "sequence": COUNT,
         "base_version": {"oneOf": [VERSION, COUNT]},

@@ -48,7 +48,9 @@ class StepSummary(BaseModel):
     ahead: bool | None = Field(
         description="Whether the worker is too far ahead of the slowest; null outside of bounded."
     )
-    wire: str | None = Field(description="The lossy form in which the gradient came, if any.")
+    wire: str | None = Field(
+        description="The lossy form in which the gradient came: f16, bf16, int8, topk, int8+topk."
+    )
 
 
 class OpenContribution(BaseModel):

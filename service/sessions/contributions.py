@@ -401,7 +401,9 @@ def apply(session: "Session", end: Close) -> Program[None]:
         work = update.prepare(
             arena, _terms(session, found), push.parts, session.spec.dtype, session.spec.dtype
         )
-        done, _ = yield from pushes.perform(session, arena, work, arena.reduced, hold=False)
+        done, _ = yield from pushes.perform(
+            session, arena, work, push.parts, arena.reduced, hold=False
+        )
         summary = Summary(
             *session.at.numbers, True, True, 0, push.lr, push.norm, push.clipped, None,
             done.finite, done.update_norm, done.param_norm, found.number, found.counted,

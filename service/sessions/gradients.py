@@ -25,6 +25,11 @@ class Gradients:
         self._free: list[NDArray[np.uint8]] = []
         self._closed = False
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has any of those that are kept."""
+        return len(self._own) == len(self._free)
+
     def acquire(self) -> NDArray[np.uint8]:
         """A buffer whose contents are undefined.
 

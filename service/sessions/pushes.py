@@ -25,6 +25,7 @@ from service.sessions.schedule import factor
 from service.sessions.versions import Version
 from service.storage.ring import Slot
 from service.wire.digest import digest
+from service.wire.rows import Rows
 
 if TYPE_CHECKING:
     from service.sessions.session import Session
@@ -39,8 +40,10 @@ class Gradient(NamedTuple):
     release: Callable[[], None]
     present: tuple[bool, ...] | None = None
     """For each entry of the layout, whether it came; None: all."""
+    rows: tuple[Rows, ...] = ()
+    """Tensors of which only some rows came, to be taken lazily; `flat` is undefined there."""
     wire: str | None = None
-    """The lossy form in which it came."""
+    """The form of it that loses something: "f16", "bf16", "int8", "topk", "int8+topk"."""
 
 
 class Outcome(NamedTuple):
@@ -201,7 +204,7 @@ def apply(
         admit(session, push, summary, timing)
         return Outcome(summary, False, arena.versions.hold() if hold else None)
     try:
-        done, held = yield from perform(session, arena, work, decided.flat, hold=hold)
+        done, held = yield from perform(session, arena, work, push.parts, decided.flat, hold=hold)
         summary = Summary(
             *session.at.numbers, True, push.worker is not None, push.staleness, push.lr, push.norm,
             push.clipped, None, done.finite, done.update_norm, done.param_norm, wire=push.wire,
@@ -216,7 +219,13 @@ def apply(
 
 
 def perform(
-    session: "Session", arena: Arena, work: update.Work, flat: Array, *, hold: bool
+    session: "Session",
+    arena: Arena,
+    work: update.Work,
+    parts: Sequence[update.Part],
+    flat: Array,
+    *,
+    hold: bool,
 ) -> Program[tuple[update.Done, Version | None]]:
     """Runs an update and publishes what it makes; the session is at the next version then."""
     ema = session.spec.ema
@@ -231,6 +240,8 @@ def perform(
         norms=session.spec.norms,
     )
     now = session.at.following
+    spans = [(part.first, part.last) for part in parts]
+    session.changes.note(now.epoch, now.version, spans)
     held = arena.versions.publish(*now, after, hold=hold)
     session.at = now
     return done, held

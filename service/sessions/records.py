@@ -55,7 +55,7 @@ _APPLIED, _IDENTIFIED, _SMALLER, _FINITE, _NORM, _UPDATE, _PARAMS, _MARKED = (
 _REASONS = (None, "nonfinite", "passes")
 _ABANDONED = ("timeout", "restore", "params", "state", "groups", "patch", "stop")
 """Why a round may be abandoned; the order is on the disk."""
-_WIRES = (None, "int8", "topk", "int8+topk")
+_WIRES = (None, "int8", "topk", "int8+topk", "f16", "bf16")
 
 
 class Push(NamedTuple):

@@ -32,6 +32,7 @@ from service.schemas.refusals import invalid
 from service.sessions import contributions, image, pushes, state, transfer, update
 from service.sessions.alarm import Alarm
 from service.sessions.arena import Arena, Piece, Tensor
+from service.sessions.changes import Changes
 from service.sessions.disk import Disk
 from service.sessions.durable import Durable
 from service.sessions.history import History
@@ -99,6 +100,7 @@ class Session:
         settings = shared.settings
         self.ledger = Ledger(settings.max_workers, settings.worker_retention_s)
         self.history = History(settings.history_steps)
+        self.changes = Changes()
         self.shared = shared
         self.waiting = Waiting(
             lambda: None if self.arena is None else self.arena.versions,

@@ -275,6 +275,8 @@ def adopt(session: "Session", grown: "Grown | None") -> bool:
         return False
     assert session.arena is not None
     rounds.give_up(session, "groups")  # before its buffers go
+    known, total = len(session.arena.layout.entries), len(grown.arena.layout.entries)
+    session.changes.note(session.epoch, session.version + 1, [(known, total)])
     session.shared.budget.release(freed(session.arena, session.spec.dtype))
     session.arena = grown.arena
     session.respecify(grown.spec)

@@ -19,8 +19,9 @@ import numpy as np
 from gradpost.protocol import SAFETENSORS
 from gradpost.protocol.dtypes import NUMPY, from_bf16
 from service.errors import BodyTooLarge, InvalidJson, InvalidTensors, Nonfinite, NotAcceptable
-from service.wire.fit import MayMiss, check_whole, none_missing, select
+from service.wire.fit import check_whole, select
 from service.wire.reader import MAX_DIMS, EntryLike, Flat, LayoutLike
+from service.wire.rows import ALL, Given, Rows, Taking, check_range, check_shape, kept, put
 
 MAX_DEPTH = 64
 """Nesting of a document, objects and lists together."""
@@ -110,39 +111,124 @@ def tensors(obj: object, master: str, limit: int = MAX_ELEMENTS) -> list[Tensor]
     return read
 
 
+def gradients(
+    obj: object, master: str, limit: int = MAX_ELEMENTS
+) -> tuple[list[Tensor], list[Given]]:
+    """As `tensors`, and {"idx": [..], "rows": [[..]]} for some rows of a tensor.
+
+    Args:
+        obj: As `loads` gives it.
+        master: As for `tensors`.
+        limit: Numbers, indices included, that all together may hold.
+
+    Returns:
+        Those that came whole, and those of which rows came.
+
+    Raises:
+        ServiceError: As `tensors`.
+    """
+    if not isinstance(obj, dict) or len(obj) > limit:
+        return tensors(obj, master, limit), []  # refused
+    came = tensors({k: v for k, v in obj.items() if not isinstance(v, dict)}, master, limit)
+    left = limit - sum(values.size for _, _, values in came)
+    some: list[Given] = []
+    for name, value in obj.items():
+        if isinstance(value, dict):
+            some.append(_some_rows(name, value, master, left, limit))
+            left -= some[-1].idx.size + some[-1].values.size
+    return came, some
+
+
+def _some_rows(name: str, value: dict[str, Any], master: str, left: int, limit: int) -> Given:
+    """Rows of one tensor."""
+    _check_name(name)
+    if value.keys() != {"idx", "rows"}:
+        raise InvalidTensors(
+            f"{name[:80]!a} is an object; a tensor is nested lists of numbers, or "
+            '{"idx": [row numbers], "rows": [their values]}.',
+            name=name[:200],
+        )
+    dims, indices = _flattened(name, value["idx"], left, limit)
+    wrong = [one for one in indices if type(one) is not int or not -1 < one < 1 << 63]
+    if len(dims) != 1 or wrong:
+        raise InvalidTensors(
+            f"idx of {name[:80]!a} must be a list of row numbers, whole ones from 0.",
+            name=name[:200],
+        )
+    shape, leaves = _flattened(name, value["rows"], left - len(indices), limit)
+    values = _numbers(name, leaves, master)
+    return Given(name, np.array(indices, np.int64), shape, values, master)
+
+
 def fill(
-    layout: LayoutLike, came: Sequence[Tensor], dest: Flat, may_miss: MayMiss = none_missing
-) -> None:
+    layout: LayoutLike,
+    came: Sequence[Tensor],
+    dest: Flat,
+    taking: Taking = ALL,
+    some: Sequence[Given] = (),
+) -> tuple[Rows, ...]:
     """Puts a set of tensors into a flat vector, in layout order; zeros where none came.
 
     Args:
         layout: The session's tensors; those that came must have their shapes.
         came: As `tensors` gives it.
         dest: master[layout.size], written in place once everything has been checked.
-        may_miss: Tells which tensors may be left out.
+        taking: What the session says to what comes.
+        some: Rows of other tensors.
+
+    Returns:
+        The rows of tensors that are taken lazily, whose places in `dest` are not defined.
 
     Raises:
         TensorMismatch: Missing, unexpected or misshapen tensors.
+        InvalidTensors: An index that no row has.
+        ServiceError: Whatever `taking` refuses.
     """
-    check_whole(layout, {name: shape for name, shape, _ in came}, fits, may_miss)
+    index = layout.index
+    shapes = {given.name: index[given.name].shape if given.name in index else () for given in some}
+    shapes.update((name, shape) for name, shape, _ in came)
+    check_whole(layout, shapes, fits, taking.may_miss)
+    for given in some:
+        _check_rows(index[given.name], given)
+        taking.check_rows(index[given.name])
     if len(came) < len(layout.entries):
         dest[:] = 0
     for name, _, values in came:
-        entry = layout.index[name]
+        entry = index[name]
         dest[entry.offset : entry.offset + entry.size] = values
+    lazy: list[Rows] = []
+    for given in some:
+        entry = index[given.name]
+        if taking.lazy(entry):
+            at = layout.entries.index(entry)
+            lazy.append(kept(given, at, entry, given.dtype))
+        else:
+            put(given, entry, dest[entry.offset : entry.offset + entry.size])
+    return tuple(lazy)
+
+
+def _check_rows(entry: EntryLike, given: Given) -> None:
+    expected = (given.idx.size, *entry.shape[1:])
+    check_shape(entry, given.idx.shape, given.shape, fits=_stands_for(given.shape, expected))
+    check_range(entry.name, given.idx, entry.shape[0], "rows")
 
 
 def fits(entry: EntryLike, shape: tuple[int, ...]) -> bool:
-    """Whether nested lists of a shape may stand for a tensor.
+    """Whether nested lists of a shape may stand for a tensor."""
+    return _stands_for(shape, entry.shape)
+
+
+def _stands_for(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether nested lists of a shape may stand for one of the expected shape.
 
     Lists say nothing of the dimensions behind an empty one: (2, 0, 3) comes as [[], []], and []
     may stand for any tensor of no elements.
     """
-    if entry.shape == shape:
+    if expected == shape:
         return True
-    if entry.size:
+    if prod(expected):
         return False
-    return shape in ((0,), entry.shape[: entry.shape.index(0) + 1])
+    return shape in ((0,), expected[: expected.index(0) + 1])
 
 
 def render(

@@ -10,7 +10,7 @@ The header codec is gradpost.protocol.tensors, shared with the client. Both side
 every machine we run on are little-endian, so bytes are copied as they are.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -53,9 +53,9 @@ _REMEMBERED = 16_384
 
 
 @lru_cache(maxsize=256)
-def _parsed(raw: bytes, length: int) -> Header:
+def _parsed(raw: bytes, length: int, allowed: Collection[str]) -> Header:
     """As `parse_header`; nobody may change what it returns."""
-    return parse_header(raw, length)
+    return parse_header(raw, length, allowed)
 
 
 class Piece(NamedTuple):
@@ -76,12 +76,20 @@ class SafetensorsReader:
         length: Bytes of the whole body (Content-Length).
         place: Called once with the header, as soon as it is whole and sound; says where the data
             goes, or refuses.
+        header_bytes: The longest header that is let in.
+        allowed: Dtypes that are let in.
 
     Raises:
         InvalidTensors: The length can not be that of a safetensors body.
     """
 
-    def __init__(self, length: int, place: Place, header_bytes: int = MAX_HEADER_BYTES) -> None:
+    def __init__(
+        self,
+        length: int,
+        place: Place,
+        header_bytes: int = MAX_HEADER_BYTES,
+        allowed: tuple[str, ...] = tuple(DTYPES),
+    ) -> None:
         if length < _PREFIX + 2:
             raise InvalidTensors(
                 f"A body of {length} bytes can not be safetensors, which begins with 8 bytes of "
@@ -90,6 +98,7 @@ class SafetensorsReader:
         self._length = length
         self._place = place
         self._header_limit = header_bytes
+        self._allowed = allowed
         self._head = bytearray()
         self._needed = _PREFIX
         self._scatter: Scatter | None = None
@@ -180,8 +189,8 @@ class SafetensorsReader:
         raw = bytes(self._head[_PREFIX:])
         try:
             if len(raw) > _REMEMBERED:
-                return parse_header(raw, self._length)
-            return _parsed(raw, self._length)
+                return parse_header(raw, self._length, self._allowed)
+            return _parsed(raw, self._length, self._allowed)
         except HeaderError as error:
             raise InvalidTensors(str(error)) from None
 
@@ -193,13 +202,11 @@ def grads_reader(
     acquire: Acquire,
     may_miss: MayMiss = none_missing,
 ) -> SafetensorsReader:
-    """A reader of one gradient, which goes to layout order whatever order it comes in.
-
-    Where tensors do not come, the vector is filled with zeros.
+    """A reader of one plain gradient; for any form see service.wire.compact.
 
     Args:
-        layout: The session's tensors; they come in their shapes, in one dtype.
-        master: The session's dtype, "F32" or "F64"; the gradient may be no wider.
+        layout: As `place_plain` says, and so the others.
+        master: The session's dtype.
         length: Bytes of the body.
         acquire: Called once, with the dtype, when the header is found sound.
         may_miss: Tells which tensors may be left out.
@@ -207,18 +214,37 @@ def grads_reader(
     Raises:
         InvalidTensors: The body is too short to be safetensors.
     """
+    return SafetensorsReader(
+        length, lambda header: place_plain(layout, master, header, acquire, may_miss)
+    )
 
-    def place(header: Header) -> Scatter:
-        dtype = _one_dtype(header.tensors)
-        came = {tensor.name: tensor.shape for tensor in header.tensors}
-        check_whole(layout, came, may_miss=may_miss)
-        check_width(dtype, master)
-        target = acquire(dtype)
-        if len(came) < len(layout.entries):
-            _clear(layout, came, target, DTYPES[dtype])
-        return Scatter(target, _stretches(layout, header.tensors, DTYPES[dtype]))
 
-    return SafetensorsReader(length, place)
+def place_plain(
+    layout: LayoutLike, master: str, header: Header, acquire: Acquire, may_miss: MayMiss
+) -> Scatter:
+    """Where the tensors of a gradient go: to layout order, whatever order they come in.
+
+    Where tensors do not come, the vector is filled with zeros.
+
+    Args:
+        layout: The session's tensors; they come in their shapes, in one dtype.
+        master: The session's dtype, "F32" or "F64"; the gradient may be no wider.
+        header: Of the body.
+        acquire: Called once, with the dtype, when the header is found sound.
+        may_miss: Tells which tensors may be left out.
+
+    Raises:
+        TensorMismatch: The tensors are not those of the session.
+        InvalidTensors: A tensor holds whole numbers.
+    """
+    dtype = one_dtype(header.tensors)
+    came = {tensor.name: tensor.shape for tensor in header.tensors}
+    check_whole(layout, came, may_miss=may_miss)
+    check_width(dtype, master)
+    target = acquire(dtype)
+    if len(came) < len(layout.entries):
+        _clear(layout, came, target, DTYPES[dtype])
+    return Scatter(target, _stretches(layout, header.tensors, DTYPES[dtype]))
 
 
 class TensorsReader(SafetensorsReader):
@@ -307,11 +333,22 @@ def views(stretches: Iterable[tuple[Flat, int, int]]) -> list[memoryview]:
     return [flat[lo:hi].view(np.uint8).data.toreadonly() for flat, lo, hi in merged]
 
 
-def _one_dtype(tensors: Sequence[TensorInfo]) -> str:
-    """The dtype that all tensors of a gradient share."""
+def one_dtype(tensors: Sequence[TensorInfo]) -> str:
+    """The float dtype that all tensors of a gradient share.
+
+    Raises:
+        TensorMismatch: There are none, or they differ.
+        InvalidTensors: Whole numbers, which only a small form has.
+    """
     found = sorted({tensor.dtype for tensor in tensors})
     if not found:
         raise TensorMismatch("The push holds no tensors; send every tensor of the session.")
+    if not DTYPES.keys() >= set(found):
+        whole = next(tensor for tensor in tensors if tensor.dtype not in DTYPES)
+        raise InvalidTensors(
+            f"The tensor {whole.name[:80]!a} has the dtype {whole.dtype}; use {', '.join(DTYPES)}.",
+            name=whole.name[:200],
+        )
     if len(found) > 1:
         odd = [tensor.name for tensor in tensors if tensor.dtype != tensors[0].dtype]
         raise TensorMismatch(

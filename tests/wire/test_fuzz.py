@@ -9,19 +9,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import ServiceError
-from service.wire.json import fill, loads, tensors
+from service.wire.compact import check, push_reader, write
+from service.wire.json import fill, gradients, loads, tensors
 from service.wire.media import check_encoding, choose_accept, parse_content_type
 from service.wire.raw import raw_reader
 from service.wire.safetensors import grads_reader, tensors_reader
 from tests.wire.bodies import LAYOUT, Destination, body_of, feed, values
+from tests.wire.test_compact import packed
 
 SOUND = body_of(values(), "F32", {"a": "b"})
 HEADER_END = 8 + int.from_bytes(SOUND[:8], "little")
 DOCUMENT = json.dumps({name: array.tolist() for name, array in values().items()}).encode()
+SMALL = packed(
+    {name: ("F32", array) for name, array in values().items() if name not in ("w", "b", "deep")}
+    | {
+        "w#idx": ("I64", [1, 0, 1]),
+        "w#rows": ("F32", [[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+        "b#q8": ("I8", [1, -2, 3, -4, 127]),
+        "b#scale": ("F32", [0.5]),
+        "deep#topk": ("I64", [3, 0]),
+        "deep#values": ("F32", [2.0, -3.0]),
+    },
+    {"q8_block": "16"},
+)
+SMALL_DOCUMENT = json.dumps(
+    {name: array.tolist() for name, array in values().items() if name != "w"}
+    | {"w": {"idx": [1, 0, 1], "rows": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}}
+).encode()
 
 WORDS = st.sampled_from(
     [b"{", b"}", b"[", b"]", b'"', b",", b":", b"-", b"0", b"9" * 30, b"1e999", b"null", b"true",
-     b"F64", b"BF16", b'"w"', b'"b"', b"\\u0000", b"\\ud800", b"\x00", b"\xff", b" ", b"NaN"]
+     b"F64", b"BF16", b"I64", b"I8", b"#idx", b"#q8", b"#topk", b"-1", b'"w"', b'"b"',
+     b"\\u0000", b"\\ud800", b"\x00", b"\xff", b" ", b"NaN"]
 )  # fmt: skip
 
 
@@ -87,6 +106,44 @@ def test_a_mutated_document_is_contained(body: bytes) -> None:
     contained(lambda: read_document(body))
 
 
+def read_push(body: bytes, cuts: list[int]) -> None:
+    plain = Destination()
+    reader = push_reader(
+        LAYOUT, "F32", len(body), plain, lambda plan: np.empty(plan.data_bytes, np.uint8)
+    )
+    feed(reader, body, [c % (len(body) + 1) for c in cuts])
+    if reader.plan is not None:
+        check(reader.plan, reader.data)
+        flat = np.empty(LAYOUT.size, np.float32)
+        found = write(reader.plan, reader.data, flat)
+        assert found.came.keys() == LAYOUT.index.keys()
+
+
+@settings(max_examples=600, deadline=None)
+@given(body=mutated(SMALL, len(SMALL)), cuts=st.lists(st.integers(0, 999)))
+def test_a_mutated_push_in_small_forms_is_contained(body: bytes, cuts: list[int]) -> None:
+    contained(lambda: read_push(body, cuts))
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.binary(min_size=len(SMALL), max_size=len(SMALL)))
+def test_any_data_behind_a_sound_header_is_contained(data: bytes) -> None:
+    end = 8 + int.from_bytes(SMALL[:8], "little")
+    contained(lambda: read_push(SMALL[:end] + data[end:], []))
+
+
+def read_rows(body: bytes) -> None:
+    came, some = gradients(loads(body), "F32")
+    flat = np.empty(LAYOUT.size, np.float32)
+    fill(LAYOUT, came, flat, some=some)
+
+
+@settings(max_examples=400, deadline=None)
+@given(body=mutated(SMALL_DOCUMENT, len(SMALL_DOCUMENT)))
+def test_a_mutated_document_of_rows_is_contained(body: bytes) -> None:
+    contained(lambda: read_rows(body))
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
@@ -98,6 +155,8 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(["w", "b", "scalar", "", "x"]), JSON) | JSON)
 def test_any_value_is_contained(value: Any) -> None:
     contained(lambda: read_document(json.dumps(value).encode()))
+    contained(lambda: read_rows(json.dumps(value).encode()))
+    contained(lambda: gradients({"w": {"idx": value, "rows": value}}, "F64"))
     contained(lambda: tensors(value, "F64"))
 
 
@@ -105,6 +164,7 @@ def test_any_value_is_contained(value: Any) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_contained(body: bytes) -> None:
     contained(lambda: read_gradient(body, len(body), []))
+    contained(lambda: read_push(body, []))
     contained(lambda: read_document(body))
     contained(lambda: feed(raw_reader(LAYOUT, "F32", "F32", len(body), Destination()), body))
 

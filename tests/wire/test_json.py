@@ -17,7 +17,8 @@ from service.errors import (
     TensorMismatch,
 )
 from service.sessions.layout import Layout
-from service.wire.json import fill, loads, render, render_tensors, tensors
+from service.wire.json import fill, gradients, loads, render, render_tensors, tensors
+from service.wire.rows import ALL, Taking
 from tests.wire.bodies import LAYOUT, SHAPES, flat_of, values
 
 WORDS = {"F32": np.float32, "F64": np.float64}
@@ -393,3 +394,87 @@ def test_the_limits_of_an_answer_are_the_caller_s() -> None:
 def test_a_shape_of_many_empty_lists_is_not_written(shape: tuple[int, ...]) -> None:
     with pytest.raises(NotAcceptable, match="ask for"):
         render_tensors([("t", shape, np.zeros(0))])
+
+
+# Some rows of a tensor
+
+EMBEDDING = Layout.of([("e", "F32", (4, 2)), ("b", "F32", (2,)), ("s", "F32", ())])
+B = {"b": [1.0, 2.0], "s": 3.0}
+
+
+def gradient(grads: object, taking: Taking = ALL) -> tuple[np.ndarray, Any]:
+    came, some = gradients(loads(json.dumps(grads).encode()), "F32")
+    flat = np.full(EMBEDDING.size, np.nan, np.float32)
+    return flat, fill(EMBEDDING, came, flat, taking, some)
+
+
+def test_rows_are_summed_into_their_places() -> None:
+    flat, rows = gradient(B | {"e": {"idx": [3, 0, 3], "rows": [[1, 2], [3, 4], [5, 6.5]]}})
+    assert flat.tolist() == [3, 4, 0, 0, 0, 0, 6, 8.5, 1, 2, 3]
+    assert rows == ()
+
+
+def test_rows_may_be_kept() -> None:
+    grads = B | {"e": {"idx": [3, 0, 3], "rows": [[1, 2], [3, 4], [5, 6.5]]}}
+    flat, (rows,) = gradient(grads, Taking(lazy=lambda entry: True))
+    assert flat[8:].tolist() == [1, 2, 3]
+    assert (rows.entry, rows.width) == (0, 2)
+    assert rows.idx.tolist() == [0, 3]
+    assert rows.values.tolist() == [3, 4, 6, 8.5]
+
+
+@pytest.mark.parametrize("rows", [[], [[]]])
+def test_no_rows_at_all(rows: list[Any]) -> None:
+    if rows:
+        with pytest.raises(TensorMismatch):
+            gradient(B | {"e": {"idx": [], "rows": rows}})
+        return
+    assert gradient(B | {"e": {"idx": [], "rows": rows}})[0].tolist() == [0] * 8 + [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({}, "is an object"),
+        ({"idx": [0]}, "is an object"),
+        ({"idx": [0], "rows": [[1, 2]], "more": 1}, "is an object"),
+        ({"idx": 0, "rows": [[1, 2]]}, "list of row numbers"),
+        ({"idx": [[0]], "rows": [[1, 2]]}, "list of row numbers"),
+        ({"idx": [0.0], "rows": [[1, 2]]}, "list of row numbers"),
+        ({"idx": [-1], "rows": [[1, 2]]}, "list of row numbers"),
+        ({"idx": [1 << 63], "rows": [[1, 2]]}, "list of row numbers"),
+        ({"idx": [True], "rows": [[1, 2]]}, "true or false"),
+        ({"idx": ["0"], "rows": [[1, 2]]}, "text"),
+        ({"idx": {}, "rows": [[1, 2]]}, "an object"),
+        ({"idx": [4], "rows": [[1, 2]]}, "index 4 at position 0 and 4 rows"),
+        ({"idx": [0], "rows": [[1, 2], [3, 4]]}, "send one row for each index"),
+        ({"idx": [0], "rows": [1, 2]}, "send one row for each index"),
+        ({"idx": [0], "rows": [[1]]}, "send one row for each index"),
+        ({"idx": [0], "rows": [[1, "2"]]}, "text"),
+        ({"idx": [0], "rows": {"idx": []}}, "an object"),
+    ],
+)
+def test_rows_that_are_none(value: Any, says: str) -> None:
+    with pytest.raises((InvalidTensors, TensorMismatch), match=says):
+        gradient(B | {"e": value})
+
+
+def test_rows_of_a_scalar_and_of_an_unknown_tensor() -> None:
+    whole = {"e": [[0, 0]] * 4, "b": [0, 0]}
+    with pytest.raises(TensorMismatch, match="send it whole"):
+        gradient(whole | {"s": {"idx": [0], "rows": [1]}})
+    with pytest.raises(TensorMismatch, match="Unexpected: 'x'"):
+        gradient(whole | {"s": 1, "x": {"idx": [0], "rows": [1]}})
+
+
+def test_rows_count_as_numbers() -> None:
+    rows = {"e": {"idx": [0, 1], "rows": [[1, 2], [3, 4]]}}
+    assert len(gradients(B | rows, "F32", 9)[1]) == 1
+    for limit in (8, 4, 2):
+        with pytest.raises(BodyTooLarge):
+            gradients(B | rows, "F32", limit)
+
+
+def test_rows_are_no_parameters() -> None:
+    with pytest.raises(InvalidTensors, match="an object"):
+        tensors({"e": {"idx": [0], "rows": [[1, 2]]}}, "F32")

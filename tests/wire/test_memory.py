@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from service.sessions.layout import Layout
+from service.wire import compact
 from service.wire.body import receive
 from service.wire.digest import digest
 from service.wire.raw import raw_reader
 from service.wire.safetensors import grads_reader, parts
+from tests.wire.test_compact import Tensors, packed
 
 ELEMENTS = 16 << 20  # 64 MiB as float32
 CHUNK = bytes(256_000)  # as uvloop reads
@@ -84,10 +86,55 @@ def test_an_answer_allocates_no_copy() -> None:
     assert peak < 1 << 20
 
 
+def small_forms() -> dict[str, Tensors]:
+    a, b = ELEMENTS // 4, 3 * ELEMENTS // 4
+    none: Tensors = {"b#topk": ("I64", []), "b#values": ("F32", [])}
+    rng = np.random.default_rng(0)
+    many = rng.permutation(a)[: 1 << 20]
+    return {
+        "topk": none | {"a#topk": ("I64", many), "a#values": ("F32", np.ones(many.size))},
+        "rows": none | {"a#idx": ("I64", many % 5000), "a#rows": ("F32", np.ones(many.size))},
+        "int8": {
+            "a#topk": ("I64", []), "a#values": ("F32", []),
+            "b#q8": ("I8", np.ones(b, np.int8)), "b#scale": ("F32", np.ones(b // 256, np.float32)),
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["topk", "rows", "int8"])
+def test_a_small_form_allocates_what_it_reserves(form: str) -> None:
+    body = packed(small_forms()[form])
+    plans: list[compact.Plan] = []
+
+    def keep(plan: compact.Plan) -> np.ndarray:
+        plans.append(plan)
+        return np.empty(plan.data_bytes, np.uint8)
+
+    FLAT[:] = 0
+    tracemalloc.start()
+    try:
+        reader = compact.push_reader(
+            LAYOUT, "F32", len(body), lambda dtype: FLAT.view(np.uint8), keep
+        )
+        for at in range(0, len(body), len(CHUNK)):
+            reader.feed(body[at : at + len(CHUNK)])
+        reader.finish()
+        assert reader.plan is plans[0]
+        compact.check(plans[0], reader.data)
+        compact.write(plans[0], reader.data, FLAT)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        FLAT[:] = 0
+    assert peak < plans[0].nbytes + (4 << 20)
+    assert plans[0].nbytes < 4 * len(body)
+
+
 PROGRAM = """
 import numpy as np
 from service.sessions.layout import Layout
 from service.wire.safetensors import grads_reader, parts
+from tests.wire.test_compact import Tensors, packed
 
 
 def status(field):  # of this program alone; ru_maxrss would begin with its parent's peak

@@ -18,7 +18,7 @@ from gradpost.inprocess import InProcess
 from gradpost.retry import Attempt, RetryPolicy
 from gradpost.session import Session
 from gradpost.summary import Summary
-from gradpost.tensors import bf16
+from gradpost.tensors import Rows, bf16
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ __all__ = [
     "NotPulled",
     "RefusedError",
     "RetryPolicy",
+    "Rows",
     "Session",
     "StaleGradient",
     "State",

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from gradpost.errors import CertificateError, DeadlineExceeded, InFlight, RefusedError
 from gradpost.transport import Part
@@ -10,12 +10,24 @@ from gradpost.transport import Part
 T = TypeVar("T")
 
 
+def _nothing(found: Any) -> None:
+    """Of a push in which nothing was lost."""
+
+
 class Push(NamedTuple):
-    """A push as it goes over the wire: worker, sequence and control values are in the path."""
+    """A push as it goes over the wire: worker, sequence and control values are in the path.
+
+    Attributes:
+        sequence: Its number.
+        path: With the query.
+        body: The gradient.
+        settled: Called once, with what its call returned, or with None if it was not applied.
+    """
 
     sequence: int
     path: str
     body: Sequence[Part]
+    settled: Callable[[Any], None] = _nothing
 
 
 class Tries(Generic[T]):
@@ -106,8 +118,10 @@ class Unsettled:
                 error.add_note(f"This is about push {push.sequence}, which was pending.")
                 if error.settles:
                     self._drop(push)
+                    push.settled(None)
                 raise
             self._drop(push)
+            push.settled(found)
             return found
         finally:
             self._turn.release()

@@ -13,11 +13,14 @@ from urllib.parse import urlencode
 
 import numpy as np
 
+from gradpost import compress as compression
 from gradpost.answers import (
     Buffer,
+    Form,
     Params,
     State,
     Version,
+    changes_of,
     state_of,
     summary_of,
     tensors_of,
@@ -53,6 +56,7 @@ from gradpost.transport import Answer, Part, Transport
 from gradpost.uploads import Base, Upload
 
 Overrides = Mapping[str, Mapping[str, Any]]
+Compress = str | compression.Codec | compression.ErrorFeedback | None
 T = TypeVar("T")
 
 _BINARY = {"Content-Type": SAFETENSORS}
@@ -75,6 +79,8 @@ class Session:
         version: (epoch, version) of the parameters pulled last, or that this object's last upload
             resulted in; gradients count as computed there. None before that.
         checkpoints: Files on the server with parameters and state: make, download, restore.
+        compress: What makes gradients smaller before they are sent; None: nothing does. The state
+            of an `ErrorFeedback` belongs into the trainer's own checkpoints.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Session:
         policy: RetryPolicy | None = None,
         seed: int | None = None,
         close_transport: bool = False,
+        compress: Compress = None,
     ) -> None:
         self.id = id
         self._close_transport = close_transport
@@ -104,6 +111,7 @@ class Session:
         self._thread: ThreadPoolExecutor | None = None
         self._admitted = threading.local()
         self._closed = False
+        self.compress = compression.chosen(compress)
         self.checkpoints = Checkpoints(id, self._document, self._request, self._replace)
 
     @classmethod
@@ -132,6 +140,7 @@ class Session:
         seed: int | None = None,
         proxy: str | None = None,
         ca_certs: str | None = None,
+        compress: Compress = None,
         **hyperparameters: Any,
     ) -> "Session":
         """Creates a session, or attaches to the one of this id if it was created alike.
@@ -162,6 +171,9 @@ class Session:
             seed: Of the retries' jitter.
             proxy: As `Http` takes it.
             ca_certs: As `Http` takes it.
+            compress: Of gradients, on their way: "int8", "topk:0.01" (a part of each tensor, or
+                how many values), "bf16", "f16", or one of gradpost.compress. What int8 and topk
+                lose is added to the next gradient. It is no property of the session.
             hyperparameters: With `rule`.
 
         Raises:
@@ -179,7 +191,7 @@ class Session:
         }  # fmt: skip
         spec.update({name: value for name, value in stated.items() if value is not None})
         session = cls._open(
-            url, id or uuid.uuid4().hex, proxy, ca_certs, api_key, worker, policy, seed
+            url, id or uuid.uuid4().hex, proxy, ca_certs, api_key, worker, policy, seed, compress
         )
         try:
             found = session._document("PUT", path_of(session.id), spec, ("dtype",))
@@ -204,13 +216,14 @@ class Session:
         seed: int | None = None,
         proxy: str | None = None,
         ca_certs: str | None = None,
+        compress: Compress = None,
     ) -> "Session":
         """Joins a session that exists, whatever it was created with.
 
         Raises:
             SessionUnknown: There is none of this id.
         """
-        session = cls._open(url, id, proxy, ca_certs, api_key, worker, policy, seed)
+        session = cls._open(url, id, proxy, ca_certs, api_key, worker, policy, seed, compress)
         try:
             session.info()
         except BaseException:
@@ -230,6 +243,7 @@ class Session:
         worker: str | None,
         policy: RetryPolicy | None,
         seed: int | None,
+        compress: Compress,
     ) -> "Session":
         ours = isinstance(url, str)
         transport = Http(url, proxy=proxy, ca_certs=ca_certs) if isinstance(url, str) else url
@@ -241,6 +255,7 @@ class Session:
             policy=policy,
             seed=seed,
             close_transport=ours,
+            compress=compress,
         )
 
     # Training
@@ -260,7 +275,8 @@ class Session:
         error is raised, with a note, and this gradient was not sent.
 
         Args:
-            grads: Name → array, every tensor of the session, in any order.
+            grads: Name → array, every tensor of the session, in any order; `Rows` for one of
+                which only some rows have a gradient.
             loss: For the history; left out there if it is not finite.
             base_version: Of the parameters the gradient was computed from; those pulled last where
                 None.
@@ -312,7 +328,7 @@ class Session:
             loss,
             base_version,
             _control(overrides, grad_scale),
-            lambda answer: self._answered(answer, into),
+            lambda answer: self._answered(answer, into, (dtype, None)),
             {**_BINARY, "Accept": SAFETENSORS},
             "" if dtype is None else "&" + urlencode({"dtype": dtype}),
         )
@@ -363,6 +379,7 @@ class Session:
         wait_s: float | None = None,
         into: Buffer | None = None,
         of: str | None = None,
+        since: bool = False,
     ) -> Params:
         """Gets the newest parameters, whole and of one version.
 
@@ -374,10 +391,16 @@ class Session:
             into: Memory to use again; arrays returned earlier with it are overwritten.
             of: "ema": the average of the parameters, where the session keeps one. Gradients go on
                 counting as computed where they were.
+            since: Ask only for the tensors that differ from those in `into`, which must be as they
+                were received; they are put in their places there. All come if the server can't
+                tell any more.
 
         Raises:
             VersionPending: `min_version` was not reached in time.
+            TypeError: `since` without `into`, or of the average, all of which changes each time.
         """
+        if since and (into is None or of == "ema"):
+            raise TypeError("since=True takes into=Buffer(), and not of='ema'.")
         chosen = [names] if isinstance(names, str) else names or ()
         query = [("names", name) for name in chosen]
         query += [("dtype", dtype)] if dtype else []
@@ -386,16 +409,28 @@ class Session:
         headers = {"Accept": SAFETENSORS}
         if wait_s is not None:
             headers["Prefer"] = f"wait={wait_s:g}"
-        path = path_of(self.id, "params", query=query)
-        received, said = self._run(
-            lambda timeout: self._calls.send(
-                "GET", path, lambda answer: tensors_of(answer, into), timeout, headers=headers
-            ),
-            final=("version-pending",),
-        )
+        form = None if of == "ema" else (dtype, tuple(sorted(chosen)) or None)
+
+        def read(answer: Answer) -> tuple[Params | None, dict[str, str]]:
+            if since and into is not None and form is not None:
+                return changes_of(answer, into, form)
+            received, said = tensors_of(answer, into, form)
+            return received.tensors, said
+
+        def attempt(timeout: float) -> tuple[Params | None, dict[str, str]]:
+            base = into.holds(form) if since and into and form else None  # a retry may have less
+            asked = [*query, ("since", format_version(*base))] if base else query
+            path = path_of(self.id, "params", query=asked)
+            return self._calls.send("GET", path, read, timeout, headers=headers)
+
+        found, said = self._run(attempt, final=("version-pending",))
+        if found is None:  # the session was created anew, or has other tensors by now
+            return self.pull(
+                names=names, dtype=dtype, min_version=min_version, wait_s=wait_s, into=into
+            )
         if of != "ema":
             self._pulled(said)
-        return received.tensors
+        return found
 
     def push_async(self, grads: Tensors, **options: Any) -> "Future[Summary]":
         """As `push`, in the background; `grads` must stay as they are until it is done.
@@ -571,11 +606,13 @@ class Session:
             )
             raise refusal(409, {"type": f"{PROBLEM_PREFIX}spec-differs", "detail": detail})
 
-    def _answered(self, answer: Answer, into: Buffer | None) -> tuple[Summary, Params | None]:
+    def _answered(
+        self, answer: Answer, into: Buffer | None, form: Form
+    ) -> tuple[Summary, Params | None]:
         """The summary of a push, and the parameters if the server sent them."""
         if (answer.headers.get("Content-Type") or "").startswith(JSON):
             return summary_of(answer), None
-        received, said = tensors_of(answer, into)
+        received, said = tensors_of(answer, into, form)
         summary = Summary.of(json.loads(said[SUMMARY]))
         self._pulled(said)
         return summary, received.tensors
@@ -601,15 +638,19 @@ class Session:
             )
         )
         try:
-            return self._run(tries, end=end)
+            found = self._run(tries, end=end)
         except BaseException as error:  # an interrupt, too, may come after the server has acted
-            if tries.unsettled(error):
+            if not tries.unsettled(error):
+                push.settled(None)
+            else:
                 self._unsettled.keep(push)
                 if isinstance(error, DeadlineExceeded):
                     error.keep(push.sequence)
                 else:
                     error.add_note(f"Push {push.sequence} may have been applied; call settle().")
             raise
+        push.settled(found)
+        return found
 
     def _settle_all(self, end: float) -> None:
         """Makes way for the next push."""
@@ -642,10 +683,11 @@ class Session:
     ) -> Push:
         if base is not None and not _is_version(base):
             raise TypeError(f"base_version is (epoch, version), as session.version; not {base!r}.")
-        body = encode(grads, self._master, one_dtype=True)
+        body, settled = compression.encoded(self.compress, grads, self._master)
         with self._lock:
             base = base or self.version
             if base is None:
+                settled(None)
                 raise NotPulled(
                     "Pull before the first push: it says which parameters a gradient was computed "
                     "from (or pass base_version)."
@@ -662,7 +704,7 @@ class Session:
             query.append(("incarnation", self._incarnation))
         if loss is not None and math.isfinite(loss):  # a history has no NaN; such a step may count
             query.append(("loss", repr(float(loss))))
-        return Push(sequence, path_of(self.id, "steps", query=query), body)
+        return Push(sequence, path_of(self.id, "steps", query=query), body, settled)
 
     def _run(
         self,

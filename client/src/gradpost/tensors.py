@@ -38,6 +38,42 @@ class bf16:  # in lower case, as NumPy names its scalar types
         self.bits = np.asarray(bits)
 
 
+class Rows:
+    """Marks some rows of a tensor's gradient, as an embedding's; elsewhere it is 0.
+
+    Args:
+        idx: Row numbers along the first dimension, in any order; the rows of one that is given
+            several times are summed.
+        values: One row for each, of the tensor's shape; as any other tensor.
+
+    Raises:
+        TypeError: `idx` is no list of whole numbers.
+        ValueError: There is not one row for each index.
+    """
+
+    def __init__(self, idx: Any, values: Any) -> None:
+        found = np.asarray(idx)
+        if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+            raise TypeError("idx is a list of row numbers, or a one-dimensional array of integers.")
+        self.idx: Array = found.astype(np.int64)
+        self.values = values
+        shape = np.asarray(getattr(values, "bits", values)).shape
+        if shape[:1] != self.idx.shape:
+            raise ValueError(f"{self.idx.size} indices, and values of shape {shape}.")
+
+
+class Wire(NamedTuple):
+    """A tensor in a small form, as it goes over the wire.
+
+    Attributes:
+        parts: (suffix of the name, wire dtype, array) of each.
+        metadata: What the header says of the form.
+    """
+
+    parts: tuple[tuple[str, str, Array], ...]
+    metadata: Mapping[str, str] = {}
+
+
 class Received(NamedTuple):
     """The tensors of an answer (views of one buffer) and its metadata."""
 
@@ -58,7 +94,7 @@ def encode(
     Args:
         tensors: Anything NumPy takes. Floats as wide as the session's dtype or narrower go as they
             are (bfloat16 by its name, or as `bf16`); float64 for an F32 session, Python numbers and
-            integers are converted to the session's dtype.
+            integers are converted to the session's dtype. Of a gradient also `Rows` and `Wire`.
         master: The session's dtype, F32 or F64.
         metadata: For the header.
         one_dtype: A gradient has one dtype: where they differ, all go in the session's.
@@ -66,18 +102,55 @@ def encode(
     Raises:
         TypeError: Not real numbers, or uint16 that is not marked by `bf16`.
     """
-    arrays = {name: _wire(name, value, master) for name, value in tensors.items()}
-    if one_dtype and len({dtype for dtype, _ in arrays.values()}) > 1:
-        arrays = {name: (master, _cast(tensors[name], master)) for name in arrays}
-    rows = tuple((name, dtype, array.shape) for name, (dtype, array) in arrays.items())
-    header = _plain_header(rows) if metadata is None else build_header(rows, metadata)
-    return [header, *(_bytes(array) for _, array in arrays.values() if array.size)]
+    pieces: list[_Piece] = []
+    facts = dict(metadata or {})
+    small = False
+    for name, value in tensors.items():
+        if isinstance(value, Rows | Wire):
+            small = True
+            pieces += _small_pieces(name, value, master)
+            facts.update(getattr(value, "metadata", {}))
+        else:
+            pieces.append(_Piece(name, *_wire(name, value, master)))
+    if one_dtype and len({piece.dtype for piece in pieces if not piece.fixed}) > 1:
+        pieces = [piece if piece.fixed else _widened(piece, master) for piece in pieces]
+    if small:  # the widest first: then all of them are aligned
+        pieces.sort(key=lambda piece: -piece.array.itemsize)
+    rows = tuple((piece.name, piece.dtype, piece.array.shape) for piece in pieces)
+    header = build_header(rows, facts) if metadata else _header(rows, tuple(facts.items()))
+    return [header, *(_bytes(piece.array) for piece in pieces if piece.array.size)]
+
+
+class _Piece(NamedTuple):
+    """One entry of a body; `fixed`: of the dtype that its form has, whatever the others have."""
+
+    name: str
+    dtype: str
+    array: Array
+    fixed: bool = False
+
+
+def _small_pieces(name: str, value: Rows | Wire, master: str) -> list[_Piece]:
+    if isinstance(value, Rows):
+        idx = _Piece(f"{name}#idx", "I64", np.ascontiguousarray(value.idx, "<i8"), True)
+        return [idx, _Piece(f"{name}#rows", *_wire(name, value.values, master))]
+    return [
+        _Piece(name + suffix, dtype, array, dtype not in DTYPES or suffix == "#scale")
+        for suffix, dtype, array in value.parts
+    ]
+
+
+def _widened(piece: _Piece, master: str) -> _Piece:
+    value = bf16(piece.array) if piece.array.dtype == np.uint16 else piece.array
+    return piece._replace(dtype=master, array=_cast(value, master))
 
 
 @lru_cache(maxsize=32)
-def _plain_header(rows: tuple[tuple[str, str, tuple[int, ...]], ...]) -> bytes:
-    """A header without metadata: a trainer sends the same one with each push."""
-    return build_header(rows)
+def _header(
+    rows: tuple[tuple[str, str, tuple[int, ...]], ...], facts: tuple[tuple[str, str], ...]
+) -> bytes:
+    """A trainer sends the same header with each push."""
+    return build_header(rows, dict(facts))
 
 
 def _wire(name: str, value: Any, master: str) -> tuple[str, Array]:

@@ -15,6 +15,7 @@ VERSION = "Gradpost-Version"
 STEP = "Gradpost-Step"
 INCARNATION = "Gradpost-Incarnation"
 SUMMARY = "Gradpost-Summary"
+SINCE = "Gradpost-Since"
 REQUEST_ID = "X-Request-Id"
 
 PROBLEM_PREFIX = "/problems/"
@@ -51,6 +52,7 @@ __all__ = [
     "PROBLEM_PREFIX",
     "REQUEST_ID",
     "SAFETENSORS",
+    "SINCE",
     "STEP",
     "SUMMARY",
     "VERSION",

@@ -13,8 +13,11 @@ from gradpost.protocol.dtypes import DTYPES
 MAX_HEADER_BYTES = 1 << 20
 MAX_NAME = 1024
 MAX_DIMS = 64  # NumPy's own limit
-_SIZES = {**DTYPES, "U8": 1}
-"""Bytes are no dtype of the wire; the server's own files have some."""
+_OF_FORMS = ("I64", "I8")
+PUSHED = (*DTYPES, *_OF_FORMS)
+"""Dtypes of a push, whose small forms have indices and quantized values beside the floats."""
+_SIZES = {**DTYPES, "I64": 8, "I8": 1, "U8": 1}
+"""Bytes (U8) are no dtype of the wire; the server's own files have some."""
 _LIMIT = 1 << 63
 _PREFIX = 8
 _METADATA = "__metadata__"
@@ -200,7 +203,8 @@ def _tensor(name: str, entry: Any, allowed: Collection[str]) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in allowed:
         raise HeaderError(
-            f"The tensor {shown} has the dtype {str(dtype)[:40]!r}; use {', '.join(allowed)}."
+            f"The tensor {shown} has the dtype {str(dtype)[:40]!r}; use "
+            f"{', '.join(name for name in allowed if name not in _OF_FORMS)}."
         )
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_whole, shape)):
         raise HeaderError(
