@@ -166,10 +166,11 @@ def completes(session: "Session", ahead: Sequence[Contribution]) -> bool:
     """Whether the open round will be due once these are in it."""
     found = session.rounds.open
     base = (session.epoch, session.version)
+    rules = session.spec.update if found is None else found.rules
+    before = {} if found is None else found.contributions
     seen = Open(
-        session.rounds.number, base,
-        session.spec.update if found is None else found.rules, None, math.inf, 0.0,
-        {**({} if found is None else found.contributions), **{one.worker: one for one in ahead}},
+        session.rounds.number, base, rules, None, math.inf, 0.0,
+        {**before, **{one.worker: one for one in ahead}},
     )  # fmt: skip
     # Nobody of `ahead` may have joined yet, which then makes more missing than there are.
     return seen.due(session.members, -math.inf) is not None
@@ -203,7 +204,7 @@ def take(
             yield _adding(arena, gradient.flat, gradient.dtype, one.scaled, fresh=not found.counted)
         if gradient is not None:
             found.present = _union(found, one)
-        found.contributions[one.worker] = one
+        found.add(one)
         session.ledger.record(one.worker, one.sequence, one.digest, Contributed(found.number))
         session.members.pushed(one.worker, 0, passes=not one.counts)
         if not begins:

@@ -44,7 +44,9 @@ class Open:
         overrides: Of all its contributions, JSON text.
         began: By the session's clock.
         opened_at: Seconds since 1970.
-        contributions: By worker, in order of arrival.
+        contributions: By worker, in order of arrival. The lane adds to it while others read: who
+            goes through it takes a list of it first.
+        counted: Contributions that are more than passes.
         held: Those that are kept, in the same order.
         present: For each entry of the layout, whether any gradient has it; None: all.
         first: Number of its first record, where the session logs.
@@ -58,15 +60,16 @@ class Open:
     began: float
     opened_at: float
     contributions: dict[str, Contribution] = field(default_factory=dict)
+    counted: int = 0
     held: list[Held] = field(default_factory=list)
     present: tuple[bool, ...] | None = None
     first: int | None = None
     slot: Slot | None = None
 
-    @property
-    def counted(self) -> int:
-        """Contributions that are more than passes."""
-        return sum(one.counts for one in self.contributions.values())
+    def add(self, one: Contribution) -> None:
+        """Takes one in."""
+        self.contributions[one.worker] = one
+        self.counted += one.counts
 
     @property
     def weight(self) -> float:
@@ -170,6 +173,7 @@ class Rounds:
         """Rounds that are closed; the open one, or the next, has the number after it."""
         self._closed: OrderedDict[int, Closed] = OrderedDict()
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        self._refusal: ServiceError | None = None
 
     @property
     def number(self) -> int:
@@ -265,6 +269,8 @@ class Rounds:
         """
         if number <= self.count or wait_s <= 0:
             return
+        if self._refusal is not None:
+            raise self._refusal
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._waiting.setdefault(number, [])
         waiting.append(future)
@@ -288,6 +294,11 @@ class Rounds:
             for future in self._waiting.pop(number):
                 if not future.done():
                     future.set_result(None)
+
+    def stop(self, refusal: ServiceError) -> None:
+        """As `fail`, and so ends every wait that is still to come."""
+        self._refusal = refusal
+        self.fail(refusal)
 
     def fail(self, refusal: ServiceError) -> None:
         """Ends every wait with a refusal."""

@@ -513,8 +513,8 @@ class Session:
     def dismiss(self) -> None:
         """Ends the waits of pulls: the server stops, and nothing they wait for will come."""
         self.waiting.fail(stopping())
-        self.rounds.fail(stopping())
-        self.turns.fail(stopping())
+        self.rounds.stop(stopping())
+        self.turns.stop(stopping())
 
     # Everything else that writes
 

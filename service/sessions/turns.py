@@ -29,6 +29,7 @@ class Turns:
         self._members = members
         self._begun = begun
         self._waiters: list[_Waiter] = []
+        self._refusal: ServiceError | None = None
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -49,6 +50,8 @@ class Turns:
         """
         if wait_s <= 0 or not self._members.is_ahead(worker, slack):
             return self._members.is_ahead(worker, slack)
+        if self._refusal is not None:
+            raise self._refusal
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(worker, slack, future)
         self._waiters.append(waiter)
@@ -75,6 +78,11 @@ class Turns:
                 self._waiters.append(waiter)
             else:
                 waiter.future.set_result(None)
+
+    def stop(self, refusal: ServiceError) -> None:
+        """As `fail`, and so ends every wait that is still to come."""
+        self._refusal = refusal
+        self.fail(refusal)
 
     def fail(self, refusal: ServiceError) -> None:
         """Ends every wait with a refusal."""
