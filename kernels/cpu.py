@@ -38,8 +38,8 @@ GRADS: Final = {
 }  # fmt: skip
 _HALF: Final = np.dtype(np.float16)
 _LOAD: Final = {"F64": "{}", "F32": "{}", "F16": "widen_f16({})", "BF16": "widen_bf16({})"}
-_SCALAR: Final[dict[str, Any]] = {"F32": types.float32, "F64": types.float64}
-_STORED: Final[dict[str, Any]] = {**_SCALAR, "F16": types.uint16, "BF16": types.uint16}
+SCALAR: Final[dict[str, Any]] = {"F32": types.float32, "F64": types.float64}
+_STORED: Final[dict[str, Any]] = {**SCALAR, "F16": types.uint16, "BF16": types.uint16}
 _TOP: Final = {"F32": ("int32", 0x7F800000), "F64": ("int64", 0x7FF0000000000000)}
 
 # p_out is first filled with a block of p_in and then updated in place while it is hot: one loop
@@ -70,25 +70,38 @@ _SOUND: Final = "{0}.size >= hi and ({0}.strides[0] == {0}.itemsize or {0}.size 
 
 
 def _source(name: str, variant: str, master: str, grad: str, *, clamped: bool) -> str:
-    slots = [f"s{k}" for k in range(slot_count(variant))]
-    top, infinity = _TOP[master]
     cast = "float32" if master == "F32" else "float64"
     gradient = f"{cast}({_LOAD[grad].format('load(g, i)')})"
+    arrays = ("p_in", "p_out", "g", *slot_names(variant))
     return _SOURCE.format(
         name=name,
-        rule=variant,
-        slots="".join(f"{slot}, " for slot in slots),
-        coefficients="".join(f"h[{k}], " for k in range(COEFFICIENTS[variant])),
-        olds="".join(f"load({slot}, i), " for slot in slots),
-        stores="\n".join(
+        gradient=f"clamp({gradient}, limit)" if clamped else gradient,
+        sound=" and ".join(_SOUND.format(array) for array in arrays),
+        count=COEFFICIENTS[variant] + clamped,
+        **spelt(variant, master),
+    )
+
+
+def spelt(variant: str, master: str) -> dict[str, Any]:
+    """Returns what the sources of all loops of a scalar function have in common."""
+    slots = slot_names(variant)
+    top, infinity = _TOP[master]
+    return {
+        "rule": variant,
+        "slots": "".join(f"{slot}, " for slot in slots),
+        "coefficients": "".join(f"h[{k}], " for k in range(COEFFICIENTS[variant])),
+        "olds": "".join(f"load({slot}, i), " for slot in slots),
+        "stores": "\n".join(
             f"            store({slot}, i, new[{k}])" for k, slot in enumerate(slots, 1)
         ),
-        gradient=f"clamp({gradient}, limit)" if clamped else gradient,
-        sound=" and ".join(_SOUND.format(array) for array in ("p_in", "p_out", "g", *slots)),
-        count=COEFFICIENTS[variant] + clamped,
-        top=top,
-        infinity=infinity,
-    )
+        "top": top,
+        "infinity": infinity,
+    }
+
+
+def slot_names(variant: str) -> list[str]:
+    """Returns how the sources call the state arrays."""
+    return [f"s{k}" for k in range(slot_count(variant))]
 
 
 def slot_count(variant: str) -> int:
@@ -125,14 +138,19 @@ _register()
 
 def _compile(variant: str, master: str, grad: str, *, clamped: bool, nogil: bool) -> Loop:
     name = f"{variant}_{master}_{grad}{'_clamped' if clamped else ''}{'' if nogil else '_gil'}"
-    scope = dict(_GLOBALS)
     source = _source(name, variant, master, grad, clamped=clamped)
-    exec(compile(source, f"<{name}>", "exec"), scope)
-    flat = _SCALAR[master][::1]
+    flat = SCALAR[master][::1]
     signature = (
         *(flat, flat, _STORED[grad][::1]), *([flat] * slot_count(variant)),
         *(flat, types.int64, types.int64, types.boolean),
     )  # fmt: skip
+    return compile_loop(name, source, signature, nogil=nogil)
+
+
+def compile_loop(name: str, source: str, signature: Any, *, nogil: bool) -> Loop:
+    """Compiles the loop of this name out of its source, in which rules and primitives are known."""
+    scope = dict(_GLOBALS)
+    exec(compile(source, f"<{name}>", "exec"), scope)
     return compile_cached(scope[name], signature, nogil=nogil)
 
 

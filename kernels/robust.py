@@ -69,8 +69,9 @@ def trimmed_mean(
         for target, rows in _sorted(held, out, master, lo, hi):
             total = np.zeros(target.size)
             for row in rows[cut : len(rows) - cut]:
-                total += row  # from +0, so that no sum is -0
+                total += row
             target[:] = total / (len(rows) - 2 * cut)
+            target += 0.0  # no -0, also where the rounding made one
 
 
 def median(held: Sequence[Held], out: Array, master: str, lo: int, hi: int) -> None:
@@ -92,7 +93,8 @@ def median(held: Sequence[Held], out: Array, master: str, lo: int, hi: int) -> N
             found = rows[middle]
             if len(rows) % 2 == 0:
                 found = (rows[middle - 1] + found) / 2.0
-            target[:] = found + 0.0  # no -0
+            target[:] = found
+            target += 0.0
 
 
 def _sorted(

@@ -16,7 +16,7 @@ ServiceError
 ├── 412  PreconditionFailed                  413  BodyTooLarge
 ├── 415  UnsupportedMediaType  UnsupportedEncoding
 ├── 422  InvalidRequest  NotSupportedYet  InvalidTensors  TensorMismatch  Nonfinite  KeyReused
-│        NormExceeded
+│        NormExceeded  SparseUnsupported
 ├── 429  TooManySessions (retry)  TooManyWorkers  Overloaded (retry)  LogFull (retry)
 ├── 500  Internal (retry)  BackupFailed
 ├── 503  ShuttingDown (retry)  Recovering (retry)  SessionDamaged
@@ -489,6 +489,15 @@ class KeyReused(ServiceError):
     slug = "key-reused"
     status = 422
     title = "Worker and sequence were used for another push"
+    retryable = False
+
+
+class SparseUnsupported(ServiceError):
+    """The rule or the update mode takes no rows alone."""
+
+    slug = "sparse-unsupported"
+    status = 422
+    title = "The rule or the update mode takes no rows alone"
     retryable = False
 
 

@@ -41,6 +41,7 @@ REASONS: dict[str, str] = {
     "amsgrad": "true or false",
     "centered": "true or false",
     "maximize": "true or false",
+    "lazy": "true or false",
     "decoupled_weight_decay": "true or false",
     "bias_correction": "true or false",
     "preset": "torch, or null for the defaults of docs/optimizers.md",
@@ -149,6 +150,28 @@ class _Rule(Strict):
     )
 
 
+class _Lazy(_Rule):
+    """A rule that may leave alone the rows of a tensor that did not come."""
+
+    alone: ClassVar[dict[str, str]] = {"weight_decay": "0"}
+    """Fields that would move the other rows too, and what lazy needs them to be."""
+    lazy: bool = Field(
+        False, description="Rows that did not come stay as they are, and so does their state."
+    )
+
+    @model_validator(mode="after")
+    def _nothing_else_moves(self) -> "_Lazy":
+        moving = [name for name in self.alone if getattr(self, name)] if self.lazy else []
+        if moving:
+            raise PydanticCustomError(
+                "lazy",
+                "lazy leaves rows that did not come as they are, which {field} would change: set "
+                "{field} {value}, or lazy false.",
+                {"field": moving[0], "value": self.alone[moving[0]]},
+            )
+        return self
+
+
 class _Untorched(_Rule):
     """A rule that torch does not have."""
 
@@ -164,10 +187,11 @@ class _Untorched(_Rule):
         return preset
 
 
-class Sgd(_Rule):
+class Sgd(_Lazy):
     """Stochastic gradient descent as torch has it."""
 
     rule: Literal["sgd"]
+    alone: ClassVar[dict[str, str]] = {"weight_decay": "0", "momentum": "0"}
     momentum: NonNegative = 0.0
     dampening: Number = 0.0
     nesterov: bool = False
@@ -189,7 +213,7 @@ class Momentum(_Untorched):
     beta: Beta = 0.9
 
 
-class Adagrad(_Rule):
+class Adagrad(_Lazy):
     """AdaGrad (Duchi et al. 2011)."""
 
     rule: Literal["adagrad"]
@@ -231,11 +255,12 @@ class Adadelta(_Rule):
     eps: Eps = 1e-6
 
 
-class Adam(_Rule):
+class Adam(_Lazy):
     """Adam (Kingma & Ba 2015, Algorithm 1)."""
 
     rule: Literal["adam"]
     structural: ClassVar[frozenset[str]] = frozenset({"amsgrad"})
+    alone: ClassVar[dict[str, str]] = {"weight_decay": "0", "amsgrad": "false"}
     betas: Betas = (0.9, 0.999)
     eps: Eps = 1e-8
     amsgrad: bool = False
@@ -409,6 +434,12 @@ Optimizer = Annotated[AnyRule, Field(discriminator="rule")]
 BY_NAME: dict[str, type[_Rule]] = {
     str(get_args(cls.model_fields["rule"].annotation)[0]): cls for cls in get_args(AnyRule)
 }
+
+
+LAZY: frozenset[str] = frozenset(
+    name for name, model in BY_NAME.items() if "lazy" in model.model_fields
+)
+"""Rules that can update some rows of a tensor alone."""
 
 
 def has_buffer(optimizer: AnyRule) -> bool:

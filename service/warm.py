@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from gradpost.protocol.dtypes import DTYPES
-from kernels import convert, cpu, reduce, tensorwise
+from kernels import convert, cpu, reduce, rows, tensorwise
 from kernels.registry import RULES
 
 Combination = tuple[str, str, str]
@@ -53,6 +53,12 @@ def warm(
     gradients = dict.fromkeys(dtype for master in masters for dtype in GRADIENTS[master])
     loads: list[Callable[[], object]] = [
         *(partial(cpu.kernel, *names) for names in combinations(rules, masters)),
+        *(
+            partial(rows.kernel, rule, master)
+            for rule in rules
+            if rule in rows.VARIANTS  # which are named as the rules that may be lazy
+            for master in masters
+        ),
         *(partial(reduce.warm, [dtype]) for dtype in gradients),
         *(partial(convert.warm, *pair) for pair in conversions(masters)),
         *(

@@ -15,6 +15,7 @@ from service.errors import InvalidRequest, TensorMismatch, UnsupportedMediaType
 from service.limits import Budget
 from service.schemas import PushControl, parse_control
 from service.schemas.refusals import invalid
+from service.sessions import sparse
 from service.sessions.arena import Arena, Tensor
 from service.sessions.lane import in_pool
 from service.sessions.layout import Layout
@@ -134,9 +135,12 @@ def _anything(entry: object) -> bool:
     return True
 
 
-def _taking(session: Session, *, known: bool) -> Taking:
+def _taking(session: Session, control: PushControl, *, known: bool) -> Taking:
     """What the session says to the tensors of a push."""
-    return Taking(_anything if known else session.may_miss, lazy=lambda entry: False)
+    if known:  # rows stay rows, whatever holds by now: a repeat is compared as it came
+        return Taking(_anything, lazy=partial(sparse.has_lazy_form, session))
+    terms = session.terms_of(control)
+    return Taking(session.may_miss, lambda entry: sparse.check_rows(session, entry, terms))
 
 
 def _prefix(layout: Layout, size: int) -> Layout:
@@ -176,7 +180,7 @@ async def _streamed(
                 layout, form.dtype, master, length, acquire
             )
         else:
-            taking = _taking(session, known=known)
+            taking = _taking(session, control, known=known)
             reader = compact.push_reader(layout, master, length, acquire, kept.keep, taking)
         await body.receive(stream(request), length, reader)
     except BaseException:
@@ -293,7 +297,7 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
 
     flat = buffer[: arena.size * DTYPES[master]].view(NUMPY[master])
     try:
-        rows = json.fill(arena.layout, came, flat, _taking(session, known=known), some)
+        rows = json.fill(arena.layout, came, flat, _taking(session, control, known=known), some)
     except BaseException:
         release()
         raise

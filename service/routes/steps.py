@@ -85,7 +85,7 @@ _PUSH = {
             *("params-missing", "invalid-tensors", "tensor-mismatch", "nonfinite", "key-reused"),
             *("too-many-workers", "not-supported-yet", "structural", "log-full", "disk-full"),
             *("round-closed", "round-abandoned", "already-contributed", "overrides-differ"),
-            *("norm-exceeded",),
+            *("norm-exceeded", "sparse-unsupported"),
         ),
     },
     openapi_extra={

@@ -8,7 +8,7 @@ from service.errors import InvalidRequest, NotSupportedYet, ServiceError
 from service.hyper import BY_NAME, REASONS
 from service.schemas.around import KINDS
 
-_OURS = ("unknown_field", "nesterov", "preset", "clip", "schedule")
+_OURS = ("unknown_field", "nesterov", "preset", "lazy", "clip", "schedule")
 """Findings whose sentence needs no reason added."""
 
 

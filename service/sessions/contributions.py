@@ -20,7 +20,7 @@ from service.errors import NormExceeded, RoundAbandoned
 from service.schemas import Terms, Update, with_overrides
 from service.schemas.refusals import invalid
 from service.schemas.update import ROBUST
-from service.sessions import pushes, update
+from service.sessions import pushes, sparse, update
 from service.sessions.arena import Arena, Array
 from service.sessions.history import Record
 from service.sessions.lane import Program
@@ -90,6 +90,8 @@ def decide(
     examined: list[tuple[int, update.Sized]] = []
     if not passes:
         gradient = pushes.fitted(session, arena, gradient)
+        if gradient.rows:  # a PATCH has made the group lazy since they were read
+            gradient = sparse.scattered(arena, gradient)
         pushes.check_complete(session, arena, gradient)
         bare = [one._replace(clip=None) for one in terms]
         examined = update.examining(arena, bare, gradient.flat, gradient.dtype)

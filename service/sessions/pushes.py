@@ -4,18 +4,19 @@ A push is *decided* (checks, norm, clipping, coefficients: all that may refuse i
 *applied*. A session that logs makes the decision durable in between: queue.py.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kernels import reduce
-from service.errors import Nonfinite, TensorMismatch
+from service.errors import Nonfinite, ServiceError, TensorMismatch
 from service.schemas import PushControl, Terms
-from service.sessions import transfer, update
+from service.sessions import sparse, transfer, update
 from service.sessions.arena import Arena, Array
 from service.sessions.history import Record
 from service.sessions.lane import Program
@@ -24,7 +25,7 @@ from service.sessions.records import Push
 from service.sessions.schedule import factor
 from service.sessions.versions import Version
 from service.storage.ring import Slot
-from service.wire.digest import digest
+from service.wire.digest import digest, digest_rows
 from service.wire.rows import Rows
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
 
 
 class Gradient(NamedTuple):
-    """A gradient in layout order, in its wire dtype; zeros where tensors did not come."""
+    """A gradient in layout order, in its wire dtype; zeros where tensors did not come.
+
+    Where there are rows, the dtype is the session's, and the flat vector is garbage at their
+    tensors and at those that did not come: nobody reads it there. It may be written, for it is the
+    push's own.
+    """
 
     flat: Array
     dtype: str
@@ -127,7 +133,7 @@ def decide(
 
     Args:
         session: In whose lane this runs; only read.
-        gradient: Only read.
+        gradient: Only read, but for rows of rules that have ceased to be lazy.
         ahead: What the pushes decided before it will leave; None: what is.
         slot: Receives the gradient meanwhile.
 
@@ -142,13 +148,15 @@ def decide(
     runs = None if ahead is None else ahead.runs
     staleness = session.check_base(control, at)
     terms = session.terms_of(control)
-    gradient = fitted(session, arena, gradient)
+    gradient = sparse.settled(arena, terms, fitted(session, arena, gradient))
     check_complete(session, arena, gradient)
-    examined = update.examining(arena, terms, gradient.flat, gradient.dtype)
-    beside: list[update.Sized] = [(gradient.flat.size, partial(marked, session, gradient))]
+    came = _counting(arena, terms, gradient)
+    examined = update.examining(arena, terms, gradient.flat, gradient.dtype, came)
+    size = sparse.touched(arena.layout.entries, gradient)
+    beside: list[update.Sized] = [(size, partial(marked, session, gradient))]
     if slot is not None:
-        whole = gradient.flat.view(np.uint8).data
-        beside.append((gradient.flat.size, session.guarded(partial(slot.write, whole))))
+        kept = sparse.payload(arena, terms, gradient)
+        beside.append((size, session.guarded(partial(_write, slot, kept))))
     found = yield from update.together([*beside, *(sized for _, sized in examined)])
     sums = update.summed(
         len(terms),
@@ -169,14 +177,16 @@ def decide(
     if skipped is None:
         parts = tuple(update.parts(arena, moves, gradient.present, runs))
     clips = skipped is None and update.clipped(moves, sums, scale)
+    rows = sparse.live(arena, terms, gradient.rows)
     push = Push(
         control.worker, control.sequence, found[0], gradient.dtype, staleness, moves[0].lr, norm,
         clips, control.loss, control.overrides, time.time(), skipped, parts, gradient.wire,
+        tuple((one.entry, one.idx.size) for one in rows) if gradient.rows else None,
     )  # fmt: skip
     if skipped is not None:
         still = Ahead(at, runs or tuple(group.runs for group in arena.groups))
         return Decided(push, gradient.flat, None, still)
-    work = update.prepare(arena, terms, parts, session.spec.dtype, gradient.dtype, runs)
+    work = update.prepare(arena, terms, parts, session.spec.dtype, gradient.dtype, runs, rows=rows)
     return Decided(push, gradient.flat, work, Ahead(at.following, work.runs))
 
 
@@ -293,7 +303,7 @@ def repeated(session: "Session", known: Admitted, gradient: Gradient) -> Program
     """
     control = gradient.control
     assert control.key is not None
-    (mark,) = yield [partial(marked, session, gradient)]
+    (mark,) = yield [partial(_marked_again, session, gradient, known.digest)]
     fate = same_push(known, mark, *control.key)
     session.shared.metrics.replay()
     return fate
@@ -311,7 +321,33 @@ def marked(session: "Session", gradient: Gradient) -> bytes:
         entries = session.arena.layout.entries
         flat = flat[: entries[last - 1].offset + entries[last - 1].size]
         present = present[:last]
+    rows = [one for one in gradient.rows if one.width]  # an empty tensor has none
+    if rows:
+        assert session.arena is not None
+        entries = session.arena.layout.entries[: None if present is None else len(present)]
+        dense = sparse.dense(entries, flat, present, rows)
+        return digest_rows(dense, rows, control.canonical, present)
     return digest(flat, gradient.dtype, session.spec.dtype, control.canonical, present)
+
+
+def _marked_again(session: "Session", gradient: Gradient, first: bytes) -> bytes:
+    """As `marked`, of a push whose key was admitted with the digest `first`.
+
+    A group may have become lazy in between, or have ceased to be: rows are compared as they came,
+    as they would be taken now, and as the dense gradient that they are to a rule that is not lazy.
+    """
+    found = marked(session, gradient)
+    if found == first or not gradient.rows:
+        return found
+    arena, terms = session.ready, session.terms
+    with contextlib.suppress(ServiceError):  # overrides that the session no longer admits
+        terms = tuple(session.terms_of(gradient.control))
+    for again in (partial(sparse.settled, arena, terms), partial(sparse.scattered, arena)):
+        if found == first:
+            break
+        gradient = again(gradient)
+        found = marked(session, gradient)
+    return found
 
 
 def fitted(session: "Session", arena: Arena, gradient: Gradient) -> Gradient:
@@ -344,22 +380,30 @@ def _shrink(session: "Session", staleness: int) -> float:
     return 1.0 + staleness if bound is not None and staleness > bound else 1.0
 
 
-def _live(arena: Arena, terms: Sequence[Terms]) -> list[tuple[int, int]]:
-    """The stretches of the flat vector that are not frozen."""
-    pairs = zip(arena.groups, terms, strict=True)
-    return [(group.span.lo, group.span.hi) for group, one in pairs if not one.frozen]
+def _write(slot: Slot, arrays: Iterable[Array]) -> None:
+    """Puts arrays into a slot, one behind the other."""
+    for array in arrays:
+        slot.write(array.view(np.uint8).data)
+
+
+def _counting(arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> Sequence[sparse.Stretch]:
+    """What counts of a gradient: the stretches that are not frozen."""
+    return sparse.stretches(arena, terms, gradient.flat, gradient.present, gradient.rows)
 
 
 def only_large(arena: Arena, terms: Sequence[Terms], gradient: Gradient) -> bool:
     """Whether squares overflowed though every element is finite: float64 above 1e154."""
-    return only_large_in(arena, terms, gradient.flat, gradient.dtype)
+    return _finite_though(gradient.dtype, _counting(arena, terms, gradient))
 
 
 def only_large_in(arena: Arena, terms: Sequence[Terms], flat: Array, dtype: str) -> bool:
     """As `only_large`, of a bare vector."""
-    return dtype == "F64" and all(
-        reduce.all_finite(flat[lo:hi], "F64") for lo, hi in _live(arena, terms)
-    )
+    return _finite_though(dtype, sparse.stretches(arena, terms, flat))
+
+
+def _finite_though(dtype: str, stretches: Sequence[sparse.Stretch]) -> bool:
+    """As `only_large`, of some stretches."""
+    return dtype == "F64" and all(reduce.all_finite(one.values, "F64") for one in stretches)
 
 
 def refuse_nonfinite(
@@ -372,11 +416,11 @@ def refuse_nonfinite(
     """
     if session.spec.on_nonfinite == "skip":
         return
-    for lo, hi in _live(arena, terms):
-        at = reduce.first_nonfinite(gradient.flat[lo:hi], gradient.dtype)
+    for one in _counting(arena, terms, gradient):
+        at = reduce.first_nonfinite(one.values, gradient.dtype)
         if at < 0:
             continue
-        name, index = arena.layout.name_at(lo + at)
+        name, index = one.name_at(arena.layout, at)
         raise Nonfinite(
             f"The gradient of {name!r} is not finite at flat index {index}; nothing was "
             "applied. Lower the loss scale or the learning rate, or create the session with "

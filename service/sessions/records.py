@@ -3,7 +3,7 @@
 Record of a push, in the meta of its header, or behind the gradient where it is too long for that:
 
 ```
- 0  4  length of the facts            JSON: dtype, staleness, at; loss, overrides if any
+ 0  4  length of the facts            JSON: dtype, staleness, at; loss, overrides, rows if any
  4  4  number of parts
  8  8  lr      16  8  norm            float64; a norm of NaN is none
 24  1  flags: 1 clipped, 2 skipped    25  3  zeros
@@ -76,6 +76,8 @@ class Push(NamedTuple):
         skipped: Why nothing was applied; None if it was.
         parts: The numbers of the update.
         wire: The lossy form in which it came.
+        rows: Of each tensor that is not frozen and of which some rows came, its entry and how
+            many; the gradient is then kept as `sparse.payload` has it. None: no rows came.
     """
 
     worker: str | None
@@ -92,6 +94,7 @@ class Push(NamedTuple):
     skipped: str | None
     parts: tuple[Part, ...]
     wire: str | None = None
+    rows: tuple[tuple[int, int], ...] | None = None
 
 
 class Contribution(NamedTuple):
@@ -242,6 +245,8 @@ def pack_push(push: Push) -> bytes:
         facts["overrides"] = push.overrides
     if push.wire:
         facts["wire"] = push.wire
+    if push.rows is not None:
+        facts["rows"] = push.rows
     text = json.dumps(facts, separators=(",", ":")).encode()
     flags = _CLIPPED * push.clipped + _SKIPPED * (push.skipped is not None)
     norm = math.nan if push.norm is None else push.norm
@@ -275,11 +280,13 @@ def unpack_push(data: bytes, worker: str | None, sequence: int | None, digest: b
         raise ValueError(f"a record of a push is no such: {error}") from None
     if at != len(data):
         raise ValueError("a record of a push is longer than it says")
+    rows = facts.get("rows")
     return Push(
         worker, sequence, digest, facts["dtype"], facts["staleness"], lr,
         None if math.isnan(norm) else norm, bool(flags & _CLIPPED), facts.get("loss"),
         facts.get("overrides"), facts["at"], _REASONS[bool(flags & _SKIPPED)], tuple(parts),
         facts.get("wire"),
+        None if rows is None else tuple((entry, count) for entry, count in rows),
     )  # fmt: skip
 
 

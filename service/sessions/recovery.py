@@ -13,8 +13,8 @@ import numpy as np
 from gradpost.protocol.dtypes import DTYPES, NUMPY
 from service.errors import ServiceError
 from service.schemas import PushControl, parse_spec, with_overrides
-from service.sessions import contributions, image, pushes, transfer, update
-from service.sessions.arena import Arena, by_entry
+from service.sessions import contributions, image, pushes, sparse, transfer, update
+from service.sessions.arena import Arena, Array, by_entry
 from service.sessions.disk import Disk
 from service.sessions.durable import IN_PAYLOAD, Durable
 from service.sessions.pushes import Ahead, Decided, Gradient, Position
@@ -24,6 +24,7 @@ from service.sessions.session import Session, Shared
 from service.storage.failures import Damaged
 from service.storage.header import Header, Kind
 from service.storage.recovery import Pending, Record, Recovered
+from service.wire.rows import Rows
 
 
 def revive(shared: Shared, disk: Disk, pending: Pending) -> tuple[Session, bool]:
@@ -100,20 +101,30 @@ def _replay(session: Session, record: Record) -> None:
 def _replay_push(session: Session, header: Header, payload: bytes) -> None:
     arena = session.ready
     push, flat_bytes = _push_of(header, payload)
-    size = arena.size * DTYPES[push.dtype]
-    if flat_bytes != size:
-        raise Damaged(
-            f"record {header.number} has {flat_bytes} bytes of gradient and not {size}", "ring"
-        )
-    flat = np.frombuffer(payload, NUMPY[push.dtype], arena.size)
+    flat, rows = _gradient_of(arena, push, memoryview(payload)[:flat_bytes], header.number)
     ahead = Ahead(session.at, ())
     work = None
     if push.skipped is None:
         _check_counts(arena, push, header.number)
         terms = with_overrides(session.terms, push.overrides, session.spec.dtype)
-        work = update.prepare(arena, terms, push.parts, session.spec.dtype, push.dtype)
+        work = update.prepare(arena, terms, push.parts, session.spec.dtype, push.dtype, rows=rows)
     decided = Decided(push, flat, work, ahead)
     session.shared.pool.run(pushes.apply(session, decided, None, hold=False))
+
+
+def _gradient_of(
+    arena: Arena, push: Push, data: memoryview, number: int
+) -> tuple[Array, tuple[Rows, ...]]:
+    """The gradient of a record, and the rows beside it."""
+    size = arena.size * DTYPES[push.dtype]
+    try:
+        if push.rows is not None:
+            return sparse.unlogged(arena.layout, push, data)
+        if len(data) != size:
+            raise ValueError(f"{len(data)} bytes of gradient and not {size}")
+    except ValueError as error:
+        raise Damaged(f"record {number} has {error}", "ring") from None
+    return np.frombuffer(data, NUMPY[push.dtype], arena.size), ()
 
 
 def _facts_of(header: Header, payload: bytes) -> tuple[bytes, int]:

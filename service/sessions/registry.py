@@ -187,6 +187,7 @@ class Sessions:
         """Takes in a session that was recovered."""
         self._alive[session.id] = session
         self._pending.discard(session.id)
+        session.resume()
 
     def refuse(self, damage: Damage) -> None:
         """Takes note of a session that could not be recovered."""

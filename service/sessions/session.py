@@ -29,7 +29,7 @@ from service.metrics import Metrics
 from service.schemas import Group, PushControl, Spec, Terms, with_overrides
 from service.schemas import terms as terms_of
 from service.schemas.refusals import invalid
-from service.sessions import contributions, image, pushes, state, transfer, update
+from service.sessions import contributions, image, pushes, sparse, state, transfer, update
 from service.sessions.alarm import Alarm
 from service.sessions.arena import Arena, Piece, Tensor
 from service.sessions.changes import Changes
@@ -367,15 +367,24 @@ class Session:
     def _is_small(self, gradient: Gradient) -> bool:
         """Whether a push costs less than its hop to a thread, and its kernels are at hand."""
         arena, spec = self.arena, self.spec
-        if arena is None or arena.size > SMALL or len(arena.layout.entries) > FEW:
+        if arena is None or len(arena.layout.entries) > FEW:
+            return False
+        if arena.size > SMALL and not gradient.rows:
             return False
         if spec.norms or arena.average is not None or spec.update.mode == "sync":
             return False
         try:
             terms = self.terms_of(gradient.control)
+            if gradient.rows and arena.size > SMALL and self._is_known(gradient.control):
+                return False  # to compare it may take a pass over the whole
         except ServiceError:
             return True  # it is refused at once
-        return update.ready(arena, terms, spec.dtype, gradient.dtype)
+        if gradient.rows and sparse.work(arena, terms, gradient) > SMALL:
+            return False
+        return update.ready(arena, terms, spec.dtype, gradient.dtype, gradient.rows)
+
+    def _is_known(self, control: PushControl) -> bool:
+        return control.key is not None and self.ledger.find(*control.key) is not None
 
     def settled(self, outcome: "asyncio.Future[Outcome]", value: Outcome) -> None:
         """Answers a push of a group; whoever waits for its version is served in the same moment."""
@@ -455,6 +464,11 @@ class Session:
         if self.deleted:
             return
         await self.lane.run(contributions.settle(self))
+
+    def resume(self) -> None:
+        """After a recovery: ends the open round if it came back complete, else sets the alarm."""
+        if self.rounds.open is not None:
+            self._due()
 
     def _due(self) -> None:
         """The alarm rings."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from gradpost.protocol.dtypes import DTYPES
 from gradpost.protocol.tensors import HeaderError, build_header
-from kernels import convert, cpu, reduce
+from kernels import accumulate, convert, cpu, reduce
 from service.errors import Nonfinite, SpecDiffers, TensorMismatch
 from service.schemas import Group, Spec, parse_group, parse_spec, terms
 from service.sessions import rounds, update
@@ -102,6 +102,8 @@ def first(session: "Session", tensors: Sequence[Tensor]) -> Program[tuple[Arena,
         if arena.average is not None:
             arena.average[:] = target
         update.compile_all(arena, session.terms, spec.dtype, norms=spec.norms)
+        if arena.total is not None:
+            accumulate.warm([spec.dtype], spec.dtype)
     except BaseException:
         arena.versions.drop(target)
         session.shared.budget.release(arena.reserved)

@@ -9,13 +9,17 @@ import numpy as np
 
 from gradpost.protocol.dtypes import NUMPY
 from kernels import average, cpu, reduce, tensorwise
+from kernels import rows as by_row
 from service.schemas import Terms
 from service.schemas.around import Clip
 from service.sessions import runs as stretches
+from service.sessions import sparse
 from service.sessions.arena import Arena, Array, Ruled
 from service.sessions.lane import Program
 from service.sessions.layout import Entry
 from service.sessions.runs import Run
+from service.sessions.sparse import Stretch
+from service.wire.rows import Rows
 
 Thunk = Callable[[], Any]
 Runs = tuple[Run, ...]
@@ -75,6 +79,16 @@ class Step(NamedTuple):
     h: Array
 
 
+class Some(NamedTuple):
+    """Some rows of one tensor, ready to start."""
+
+    group: Ruled
+    run: Run
+    rows: Rows
+    kernel: by_row.Kernel
+    h: Array
+
+
 class Whole(NamedTuple):
     """One tensor under a rule that needs all of it at once, ready to start."""
 
@@ -92,7 +106,7 @@ class Whole(NamedTuple):
 class Work(NamedTuple):
     """A whole update: what runs, which stretches stay as they are, and the runs of each group."""
 
-    steps: tuple[Step | Whole, ...]
+    steps: tuple[Step | Some | Whole, ...]
     kept: tuple[Run, ...]
     runs: tuple[Runs, ...]
 
@@ -132,24 +146,36 @@ def _in_a_row(batch: Sequence[Thunk]) -> list[Any]:
 
 
 def examining(
-    arena: Arena, terms: Sequence[Terms], flat: Array, dtype: str
+    arena: Arena,
+    terms: Sequence[Terms],
+    flat: Array,
+    dtype: str,
+    came: Sequence[Stretch] | None = None,
 ) -> list[tuple[int, Sized]]:
     """By group, thunks that give (sums of squares, largest element) of a part of it.
 
     What is frozen counts for nothing; the largest element is looked for only where it matters.
+
+    Args:
+        arena: Only read.
+        terms: Of each group.
+        flat: The gradient.
+        dtype: Of the gradient.
+        came: What counts of it; None: all of the vector.
     """
     found: list[tuple[int, Sized]] = []
-    for index, (group, one) in enumerate(zip(arena.groups, terms, strict=True)):
-        size = group.span.hi - group.span.lo
-        if one.frozen or not size:
-            continue
-        part = flat[group.span.lo : group.span.hi]
-        bounded = one.clip is not None and one.clip.value is not None
+    for index, values, _, _ in sparse.stretches(arena, terms, flat) if came is None else came:
+        bounded = _bounded(terms[index])
         found += [
-            (index, (hi - lo, partial(_examine, part, dtype, lo, hi, bounded=bounded)))
-            for lo, hi in cpu.chunks(0, size)
+            (index, (hi - lo, partial(_examine, values, dtype, lo, hi, bounded=bounded)))
+            for lo, hi in cpu.chunks(0, values.size)
         ]
     return found
+
+
+def _bounded(one: Terms) -> bool:
+    """Whether a group clips by value."""
+    return one.clip is not None and one.clip.value is not None
 
 
 def _examine(part: Array, dtype: str, lo: int, hi: int, *, bounded: bool) -> tuple[Array, float]:
@@ -224,12 +250,17 @@ def clipped(chosen: Sequence[Move], sums: Sums, scale: float) -> bool:
 
 def kernel_of(one: Terms, group: Ruled, master: str, grad: str) -> tuple[str, str, str, bool]:
     """Which compiled loop a group needs: variant, dtypes, and whether it clips by value."""
-    bounded = one.clip is not None and one.clip.value is not None
-    return group.rule.variant(one.hyper), master, grad, bounded
+    return group.rule.variant(one.hyper), master, grad, _bounded(one)
 
 
-def ready(arena: Arena, terms: Sequence[Terms], master: str, grad: str) -> bool:
+def ready(
+    arena: Arena, terms: Sequence[Terms], master: str, grad: str, rows: Sequence[Rows] = ()
+) -> bool:
     """Whether everything that an update runs is compiled, and runs at the price of a kernel."""
+    for index in {arena.layout.entries[one.entry].group for one in rows}:
+        variant, _, _, bounded = kernel_of(terms[index], arena.groups[index], master, grad)
+        if not terms[index].frozen and not by_row.ready(variant, master, clamped=bounded):
+            return False
     for group, one in zip(arena.groups, terms, strict=True):
         if group.rule.tensorwise:
             return False
@@ -243,6 +274,8 @@ def compile_all(arena: Arena, terms: Sequence[Terms], master: str, *, norms: boo
     """Loads what the next push is likely to need, so that it is not the one that waits."""
     for group, one in zip(arena.groups, terms, strict=True):
         _compile(one, group, master, master)
+        if one.hyper.get("lazy"):
+            _compile_rows(one, group, master)
     reduce.warm([master])
     if arena.average is not None:
         average.warm(master)
@@ -257,6 +290,12 @@ def _compile(one: Terms, group: Ruled, master: str, grad: str) -> cpu.Kernel | N
         return None
     variant, _, _, bounded = kernel_of(one, group, master, grad)
     return cpu.kernel(variant, master, grad, clamped=bounded)
+
+
+def _compile_rows(one: Terms, group: Ruled, master: str) -> by_row.Kernel:
+    """The loop of a lazy group over rows."""
+    variant, _, _, bounded = kernel_of(one, group, master, master)
+    return by_row.kernel(variant, master, clamped=bounded)
 
 
 def parts(
@@ -304,7 +343,7 @@ def _part(index: int, group: Ruled, run: Run, move: Move) -> Part:
 
 def prepare(
     arena: Arena, terms: Sequence[Terms], numbers: Sequence[Part], master: str, grad: str,
-    runs: Sequence[Runs] | None = None,
+    runs: Sequence[Runs] | None = None, *, rows: Sequence[Rows] = (),
 ) -> Work:  # fmt: skip
     """Everything that may fail (a compiler, an allocation), before the first write.
 
@@ -315,8 +354,10 @@ def prepare(
         master: The session's dtype.
         grad: Of the gradient.
         runs: As for `parts`.
+        rows: Of the tensors of which only these came, none of them frozen.
     """
-    steps: list[Step | Whole] = []
+    steps: list[Step | Some | Whole] = []
+    by_entry = {one.entry: one for one in rows}
     kept: list[Run] = []
     after: list[Runs] = []
     mine: list[list[Part]] = [[] for _ in arena.groups]
@@ -334,7 +375,12 @@ def prepare(
         if loop is None:
             steps += _wholes(arena, group, pairs, terms[index].hyper, (master, grad))
         else:
-            steps += [_step(group, run, part, loop, master) for part, run in pairs]
+            compiled = partial(_compile_rows, terms[index], group, master)
+            for part, run in pairs:
+                h = _coefficients(group, run, part, master)
+                some, whole = _separate(run, by_entry, arena.layout.entries)
+                steps += [Step(group, one, loop, h) for one in whole]
+                steps += [Some(group, one, taken, compiled(), h) for one, taken in some]
         rest = stretches.without(before, taken, arena.layout.entries)
         kept += rest
         done = [Run(*run[:4], run.updates + 1, part.scalars) for part, run in pairs]
@@ -350,7 +396,19 @@ def _run(part: Part, entries: Sequence[Entry]) -> Run:
     )
 
 
-def _step(group: Ruled, run: Run, part: Part, loop: cpu.Kernel, master: str) -> Step:
+def _separate(
+    run: Run, rows: Mapping[int, Rows], entries: Sequence[Entry]
+) -> tuple[list[tuple[Run, Rows]], list[Run]]:
+    """The tensors of a run of which rows came, and what is left of it."""
+    if not rows:
+        return [], [run]
+    taken = [one for one in stretches.singles(run, entries) if one.first in rows]
+    some = [(one, rows[one.first]) for one in taken]
+    return some, stretches.without([run], taken, entries)
+
+
+def _coefficients(group: Ruled, run: Run, part: Part, master: str) -> Array:
+    """What a kernel takes beside arrays."""
     values = part.values
     if master == "F32" and not (-_LARGEST <= min(values) and max(values) <= _LARGEST):
         with np.errstate(over="ignore"):  # as in torch: a product of hyperparameters may overflow
@@ -359,7 +417,7 @@ def _step(group: Ruled, run: Run, part: Part, loop: cpu.Kernel, master: str) -> 
         h = np.array(values, NUMPY[master])
     if not run.updates:
         _start_at(group, run, part.lr)
-    return Step(group, run, loop, h)
+    return h
 
 
 def _wholes(
@@ -408,18 +466,20 @@ def perform(
         decay: Of the average, if one is kept.
         norms: Measure the change and the result.
     """
+    some = [step.run for step in work.steps if isinstance(step, Some)]
+    if some and before is not after:  # readers hold the one, so the other needs all rows
+        yield from together(_copying(some, before, after))
     sized: list[Sized] = []
     for step in work.steps:
         if isinstance(step, Whole):
             thunk = partial(_whole, step, before, after, flat, norms=norms)
             sized.append((_COSTLY * (step.run.hi - step.run.lo), thunk))
+        elif isinstance(step, Some):
+            sized += _touching(step, after, norms=norms)
         else:
             sized += _running(step, before, after, flat, norms=norms)
     if before is not after:
-        sized += [
-            (run.hi - run.lo, partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi]))
-            for run in work.kept
-        ]
+        sized += _copying(work.kept, before, after)
     results = yield from together(sized)
     changes = [blocks for done in results if done is not None for blocks in done[1]]
     finite = all(done[0] for done in results if done is not None)
@@ -437,6 +497,13 @@ def perform(
         partial(reduce.sumsq, after, dtype, lo, hi) for lo, hi in cpu.chunks(0, arena.size)
     ]
     return Done(finite, _finite(_root(changes)), _finite(_root(sums)))
+
+
+def _copying(runs: Sequence[Run], before: Array, after: Array) -> list[Sized]:
+    return [
+        (run.hi - run.lo, partial(np.copyto, after[run.lo : run.hi], before[run.lo : run.hi]))
+        for run in runs
+    ]
 
 
 def _finite(value: float) -> float | None:
@@ -478,6 +545,33 @@ def _measured(
         finite &= kernel(source, target, grads, state, h, start, end)
         changes.append(reduce.sumsq_change(target[start:end], was, kernel.master, 0, end - start))
     return finite, changes
+
+
+def _touching(step: Some, after: Array, *, norms: bool) -> list[Sized]:
+    """The kernel over some rows, in parts; each thunk gives (finite, sums of squared changes)."""
+    (lo, hi), begin = (step.run.lo, step.run.hi), step.group.span.lo
+    state = tuple(array[lo - begin : hi - begin] for array in step.group.state)
+    count, width = step.rows.idx.size, step.rows.width
+    return [
+        (
+            by_row.cost(last - first, width),
+            partial(_touch, step, after[lo:hi], state, first, last, norms=norms),
+        )
+        for first, last in by_row.chunks(count, width)
+    ]
+
+
+def _touch(
+    step: Some, p: Array, state: tuple[Array, ...], first: int, last: int, *, norms: bool
+) -> tuple[bool, list[Array]]:
+    _, width, idx, values = step.rows
+    if not norms:
+        return step.kernel(p, values, state, step.h, idx, width, first, last), []
+    table, chosen = p.reshape(-1, width), idx[first:last]
+    was = table[chosen].ravel()
+    finite = step.kernel(p, values, state, step.h, idx, width, first, last)
+    now = table[chosen].ravel()
+    return finite, [reduce.sumsq_change(now, was, step.kernel.master, 0, now.size)]
 
 
 def _whole(

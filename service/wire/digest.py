@@ -13,6 +13,7 @@ import xxhash
 
 from gradpost.protocol.dtypes import NUMPY, from_bf16
 from service.wire.reader import Flat
+from service.wire.rows import Rows
 
 BLOCK = 65536
 """Elements that are widened at a time: in the cache, and no second gradient in memory."""
@@ -40,6 +41,32 @@ def digest(
         for begin in range(0, flat.size, BLOCK):
             block = _widened(flat[begin : begin + BLOCK], dtype, NUMPY[master])
             hasher.update(block.view(np.uint8).data)
+    return hasher.digest()
+
+
+def digest_rows(
+    dense: Sequence[Flat],
+    rows: Sequence[Rows],
+    control: bytes,
+    present: Sequence[bool] | None = None,
+) -> bytes:
+    """The digest of a push of which some tensors came as rows: 16 bytes, of what came alone.
+
+    Args:
+        dense: The rest of what came, in layout order, in the session's dtype.
+        rows: By their entries; of the session's dtype too.
+        control: The canonical control values.
+        present: Which tensors of the layout came; None: all.
+    """
+    hasher = xxhash.xxh3_128(b"rows")
+    marks = b"" if present is None or all(present) else np.packbits(present).tobytes()
+    hasher.update(struct.pack("<QQQ", len(control), len(marks), len(rows)) + control + marks)
+    for stretch in dense:
+        hasher.update(stretch.view(np.uint8).data)
+    for one in rows:
+        hasher.update(struct.pack("<QQQ", one.entry, one.width, one.idx.size))
+        hasher.update(one.idx.view(np.uint8).data)
+        hasher.update(one.values.view(np.uint8).data)
     return hasher.digest()
 
 

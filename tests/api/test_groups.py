@@ -91,7 +91,7 @@ def test_groups_order_the_layout_and_have_their_own_rates(api):
     assert described["groups"] == [
         {"name": "g", "params": ["[bs]"], "frozen": False, "clip": None, "rule": "sgd", "lr": 0.5,
          **{"weight_decay": 0.0, "maximize": False, "momentum": 0.0, "dampening": 0.0},
-         **{"nesterov": False, "preset": None}}
+         **{"nesterov": False, "lazy": False, "preset": None}}
     ]  # fmt: skip
     whole = flat({name: GRADS[name] for name in "wbs"})
     reply = api.call("POST", STEPS, whole.tobytes(), content_type=f"{OCTET}; dtype=F32")

@@ -202,3 +202,13 @@ def test_a_member_that_is_deleted_with_its_session_leaves_nothing(start):
     contribute(server, "a", 1, 1, name="n")
     assert server.call("DELETE", "/v1/sessions/n").status == 204
     assert server.app.state.budget.used == 0
+
+
+def test_an_open_round_that_came_back_ends_by_itself(start):
+    server = start()
+    make(server, round_timeout_s=0.5)
+    contribute(server, "a", 1, 1)
+    again = server.crashed()
+    reply = again.call("GET", "/v1/sessions/m/rounds/1", prefer="wait=2")
+    assert reply.json["status"] == "applied"
+    again.close()

@@ -76,6 +76,14 @@ def test_no_zero_is_negative_and_one_bad_value_does_not_count(values):
         assert honest[0] <= out[0] <= honest[-1]
 
 
+def test_what_is_too_small_becomes_0_and_not_minus_0():
+    held = [Held(np.full(3, -1e-60), "F64", 1.0)] * 3
+    out = np.ones(3, np.float32)
+    for call in (robust.median, lambda *args: robust.trimmed_mean(args[0], 0.1, *args[1:])):
+        call(held, out, "F32", 0, 3)
+        assert not np.signbit(out).any()
+
+
 def test_no_bit_depends_on_the_chunks():
     size = (1 << 17) + 5
     held, _ = contributions(7, size)

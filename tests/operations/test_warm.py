@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradpost.protocol.dtypes import NUMPY
-from kernels import convert, cpu, passes, reduce, rules, tensorwise
+from kernels import convert, cpu, passes, reduce, rows, rules, tensorwise
 from kernels.registry import RULES
 from service import warm
 from service.hyper import BY_NAME
@@ -52,11 +52,13 @@ def cold(monkeypatch):
     for module in (reduce, convert, passes):
         monkeypatch.setattr(module, "_loops", {})
     monkeypatch.setattr(cpu, "_kernels", {})
+    monkeypatch.setattr(rows, "_kernels", {})
 
 
 @pytest.mark.usefixtures("cold")
 def test_after_it_nothing_is_left_to_compile():
-    assert warm.warm(["sgd"], ["F32"]) == 3 * 3 + 3 + 6
+    assert warm.warm(["sgd"], ["F32"]) == 3 * 3 + 1 + 3 + 6
+    assert rows.ready("sgd", "F32")
     for gradient in ("F32", "F16", "BF16"):
         assert all(cpu.ready(variant, "F32", gradient) for variant in variants("sgd"))
         assert reduce.ready(gradient)

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
+from kernels import rows
 from kernels.registry import RULES
 from service.errors import DeviceUnavailable, InvalidRequest, NotSupportedYet
-from service.hyper import BY_NAME, SOON
-from service.schemas import parse_spec
+from service.hyper import BY_NAME, LAZY, SOON
+from service.schemas import apply_patch, parse_spec, terms, with_overrides
 
 DEFAULTS = {
     "sgd": {"lr": 0.001, "momentum": 0.0, "dampening": 0.0, "nesterov": False},
@@ -82,7 +83,8 @@ def refused(rule, **hyper):
 @pytest.mark.parametrize("rule", BY_NAME)
 def test_defaults_are_echoed(rule):
     echoed = spec(rule).model_dump(mode="json")["optimizer"]
-    assert echoed == {"rule": rule, **COMMON, **DEFAULTS[rule]}
+    lazy = {"lazy": False} if rule in LAZY else {}
+    assert echoed == {"rule": rule, **COMMON, **lazy, **DEFAULTS[rule]}
 
 
 def test_every_rule_of_the_kernels_has_hyperparameters():
@@ -261,6 +263,46 @@ def test_step_sizes_ascend_from_zero(sizes):
     assert "the least and the most" in refused("rprop", step_sizes=sizes)["message"]
 
 
+@pytest.mark.parametrize(
+    ("rule", "extra", "advice"),
+    [
+        ("sgd", {"weight_decay": 0.1}, "set weight_decay 0"),
+        ("sgd", {"momentum": 0.9}, "set momentum 0"),
+        ("adagrad", {"weight_decay": 0.1}, "set weight_decay 0"),
+        ("adam", {"weight_decay": 0.1}, "set weight_decay 0"),
+        ("adam", {"weight_decay": 0.1, "decoupled_weight_decay": True}, "set weight_decay 0"),
+        ("adam", {"amsgrad": True}, "set amsgrad false"),
+    ],
+)
+def test_lazy_is_refused_where_other_rows_would_move(rule, extra, advice):
+    assert spec(rule, lazy=False, **extra) != spec(rule, lazy=True)
+    assert advice in refused(rule, lazy=True, **extra)["message"]
+
+
+def test_lazy_is_for_the_rules_that_have_loops_over_rows():
+    assert set(rows.VARIANTS) == LAZY == {"sgd", "adagrad", "adam"}
+    for rule in LAZY:
+        hyper = spec(rule, lazy=True).optimizer.model_dump()
+        assert RULES[rule].variant(hyper) == rule
+    for rule in BY_NAME.keys() - LAZY:
+        assert "lazy" in refused(rule, lazy=True)["message"]
+
+
+def test_lazy_is_inherited_overridden_and_patched():
+    made, _ = parse_spec(
+        {"optimizer": {"rule": "adam", "lazy": True},
+         "groups": [{"params": ["a"], "name": "off", "lazy": False, "weight_decay": 0.1}]}
+    )  # fmt: skip
+    assert [one.hyper["lazy"] for one in terms(made)] == [True, False]
+    assert not terms(apply_patch(made, {"optimizer": {"lazy": False}}))[0].hyper["lazy"]
+    (first, _) = with_overrides(terms(made), '{"default": {"lazy": false}}', "F32")
+    assert not first.hyper["lazy"]
+    with pytest.raises(InvalidRequest, match=r"groups.*set weight_decay 0"):
+        apply_patch(made, {"groups": [{"name": "off", "lazy": True}]})
+    with pytest.raises(InvalidRequest, match="set weight_decay 0"):
+        with_overrides(terms(made), '{"default": {"weight_decay": 0.5}}', "F32")
+
+
 def test_equal_and_zero_step_sizes_are_allowed():
     assert spec("rprop", step_sizes=[0, 0]).optimizer.step_sizes == (0.0, 0.0)
 
@@ -298,6 +340,7 @@ def test_other_presets_are_refused(preset):
         *((rule, "nesterov") for rule in ("sgd", "lars", "muon")),
         ("rmsprop", "centered"),
         ("adam", "maximize"),
+        *((rule, "lazy") for rule in sorted(LAZY)),
     ],
 )
 @pytest.mark.parametrize("value", [0, 1, "true", None])

@@ -33,6 +33,7 @@ def test_everything_is_normalised_and_echoed():
         "optimizer": {
             **{"rule": "adam", "lr": 1.0, "betas": [0.0, 0.5], "eps": 1e-8},
             **{"weight_decay": 0.0, "amsgrad": False, "maximize": False, "preset": None},
+            "lazy": False,
             **{"decoupled_weight_decay": False, "bias_correction": True},
         },
         "groups": [],

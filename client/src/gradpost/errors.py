@@ -436,6 +436,12 @@ class KeyReused(RefusedError):
     slug = "key-reused"
 
 
+class SparseUnsupported(RefusedError):
+    """The rule or the update mode takes no rows alone."""
+
+    slug = "sparse-unsupported"
+
+
 class TooManySessions(RefusedError):
     """Too many sessions."""
 

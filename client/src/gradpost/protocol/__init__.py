@@ -29,7 +29,7 @@ _FINAL = (
     "precondition-failed body-too-large unsupported-media-type unsupported-encoding "
     "invalid-request not-supported-yet invalid-tensors tensor-mismatch nonfinite key-reused "
     "too-many-workers insufficient-memory backup-refused backup-failed round-unknown round-closed "
-    "round-abandoned already-contributed overrides-differ norm-exceeded"
+    "round-abandoned already-contributed overrides-differ norm-exceeded sparse-unsupported"
 ).split()
 _RETRYABLE = (
     "request-timeout in-flight version-pending too-many-sessions overloaded log-full internal "
