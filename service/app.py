@@ -84,8 +84,7 @@ def create_app(settings: Settings | None = None, files: Files | None = None) -> 
         app.include_router(module.router)
     for module in (sessions, server, health):
         app.include_router(module.router)
-    app.router.routes.insert(0, steps.plain)
-    app.add_middleware(Front, settings=settings, metrics=metrics)
+    app.add_middleware(Front, settings=settings, metrics=metrics, direct=steps.direct)
     # FastAPI's own way to another document is to replace the method.
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

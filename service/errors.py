@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import Scope
 
 from gradpost.protocol import PROBLEM, PROBLEM_PREFIX
 
@@ -613,6 +614,12 @@ def problem_response(error: ServiceError) -> Response:
     )
 
 
+def refused(scope: Scope, error: ServiceError) -> Response:
+    """The answer to a refused request, of which the log and the metrics take note."""
+    scope["gradpost.refusal"] = error.slug  # read by the front
+    return problem_response(error)
+
+
 def from_http(error: HTTPException, request: Request) -> ServiceError:
     """Translates what the router raises by itself into our tree."""
     if error.status_code == 405:
@@ -640,8 +647,7 @@ def install(app: FastAPI) -> None:
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
-        request.scope["gradpost.refusal"] = error.slug  # read by the front for log and metrics
-        return problem_response(error)
+        return refused(request.scope, error)
 
     async def route_missing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

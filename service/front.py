@@ -8,7 +8,7 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -37,6 +37,10 @@ _PREFLIGHT = {
 }
 
 
+def _none(scope: Scope) -> None:
+    """Sends every request through the application."""
+
+
 class Front:
     """Wraps the application.
 
@@ -45,12 +49,19 @@ class Front:
         settings: Key, origins, log level and format.
         metrics: Where requests and refusals are counted.
         logger: Takes the access log; made from the settings if None.
+        direct: Gives what answers a request that need not go through the application.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, logger: Any = None
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        logger: Any = None,
+        direct: Callable[[Scope], ASGIApp | None] = _none,
     ) -> None:
         self._app = app
+        self._direct = direct
         self._settings = settings
         self._metrics = metrics
         self._log = logger if logger is not None else logs.make(settings)
@@ -63,8 +74,9 @@ class Front:
         headers = dict(scope["headers"])
         call = _Call(scope, headers, receive, send)
         try:
-            answer = self._admit(call, headers)
-            await (answer or self._app)(scope, call.receive, call.send)
+            answer: ASGIApp | None = self._admit(call, headers)
+            answer = answer or self._direct(scope) or self._app
+            await answer(scope, call.receive, call.send)
         except asyncio.CancelledError:
             call.status = call.status or CLIENT_GONE
             raise

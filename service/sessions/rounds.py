@@ -172,7 +172,7 @@ class Rounds:
         self.count = 0
         """Rounds that are closed; the open one, or the next, has the number after it."""
         self._closed: OrderedDict[int, Closed] = OrderedDict()
-        self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
         self._refusal: ServiceError | None = None
 
     @property
@@ -272,16 +272,15 @@ class Rounds:
         if self._refusal is not None:
             raise self._refusal
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(number, [])
-        waiting.append(future)
+        waiting = self._waiting.setdefault(number, set())
+        waiting.add(future)
+        # Lighter than asyncio.timeout: a thousand of these may wait.
+        timer = future.get_loop().call_later(wait_s, _over, future)
         try:
-            async with asyncio.timeout(wait_s):
-                await future
-        except TimeoutError:
-            return
+            await future
         finally:
-            if future in waiting:
-                waiting.remove(future)
+            timer.cancel()
+            waiting.discard(future)
 
     @property
     def waiting(self) -> int:
@@ -319,6 +318,12 @@ class Rounds:
         for one in closed:
             self.remember(one)
         self.count = count
+
+
+def _over(future: "asyncio.Future[None]") -> None:
+    """Ends a wait for which there is no time left."""
+    if not future.done():
+        future.set_result(None)
 
 
 def give_up(session: "Session", reason: str) -> None:
