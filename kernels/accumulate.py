@@ -123,6 +123,11 @@ def finish(total: Array, divisor: float, out: Array, master: str, lo: int, hi: i
     _finishing(master)(total, divisor, out, lo, hi)
 
 
+def ready(dtype: str, master: str) -> bool:
+    """Tells whether a sum of gradients of this dtype would start at once, and end."""
+    return f"accumulate_{dtype}" in _loops and f"finish_{master}" in _loops
+
+
 def warm(dtypes: Iterable[str], master: str) -> None:
     """Compiles or loads the sums of these wire dtypes, and the end of a sum."""
     for dtype in dtypes:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from gradpost.protocol.dtypes import DTYPES
+from kernels import accumulate, reduce
 from kernels.pool import Pool
 from service.errors import (
     DiskFull,
@@ -342,7 +343,8 @@ class Session:
         if self.durable is not None and self.durable.logs:
             outcome = self.queue.put(gradient, hold=hold)
         elif self.spec.update.mode == "sync":
-            outcome = self.lane.submit(contributions.contribute(self, gradient))
+            program = contributions.contribute(self, gradient)
+            outcome = self.lane.submit(program, here=partial(self._is_small, gradient))
         else:
             program = pushes.one(self, gradient, hold=hold)
             outcome = self.lane.submit(program, here=partial(self._is_small, gradient))
@@ -371,7 +373,7 @@ class Session:
             return False
         if arena.size > SMALL and not gradient.rows:
             return False
-        if spec.norms or arena.average is not None or spec.update.mode == "sync":
+        if spec.norms or arena.average is not None or spec.update.holds:
             return False
         try:
             terms = self.terms_of(gradient.control)
@@ -381,6 +383,9 @@ class Session:
             return True  # it is refused at once
         if gradient.rows and sparse.work(arena, terms, gradient) > SMALL:
             return False
+        if arena.total is not None:  # it is added now, and may end its round
+            ready = accumulate.ready(gradient.dtype, spec.dtype) and reduce.ready(gradient.dtype)
+            return ready and update.ready(arena, terms, spec.dtype, spec.dtype)
         return update.ready(arena, terms, spec.dtype, gradient.dtype, gradient.rows)
 
     def _is_known(self, control: PushControl) -> bool:
