@@ -203,8 +203,8 @@ class Ledger:
     def retire(self, worker: str) -> None:
         """Turns a worker that leaves into a tombstone."""
         with self._lock:
-            if self._workers.pop(worker, None) is not None:
-                self._bury(worker)
+            self._workers.pop(worker, None)
+            self._bury(worker)
 
     def _bury(self, worker: str) -> None:
         self._retired[worker] = None

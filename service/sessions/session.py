@@ -460,8 +460,9 @@ class Session:
         """
         self.check_alive()
         known = self.members.leave(worker) or self.ledger.standing(worker) is not None
-        self.ledger.retire(worker)
-        await self.tick()
+        if known:
+            self.ledger.retire(worker)
+            await self.tick()
         return known
 
     async def tick(self) -> None:

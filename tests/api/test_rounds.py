@@ -321,7 +321,8 @@ def test_who_has_joined_is_waited_for_until_it_leaves(api):
     assert api.call("DELETE", "/v1/sessions/m/workers/c").status == 204
     reply = join()
     assert (reply.status, reply.json["contributions"]) == (200, 2)
-    check_problem(api.call("GET", "/v1/sessions/m/workers/c"), 404, "worker-unknown")
+    check_problem(api.call("GET", "/v1/sessions/m/workers/c"), 409, "worker-retired")
+    check_problem(api.call("DELETE", "/v1/sessions/m/workers/x"), 404, "worker-unknown")
 
 
 def test_a_lease_that_runs_out_frees_the_others(api):

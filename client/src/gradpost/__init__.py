@@ -8,14 +8,19 @@ from gradpost.errors import (
     DeadlineExceeded,
     EpochChanged,
     GradpostError,
+    MovedOn,
     NotPulled,
     RefusedError,
+    RoundAbandoned,
+    RoundClosed,
     StaleGradient,
     TransportError,
 )
 from gradpost.http import Http
 from gradpost.inprocess import InProcess
+from gradpost.local import LocalSteps
 from gradpost.retry import Attempt, RetryPolicy
+from gradpost.rounds import Contribution
 from gradpost.session import Session
 from gradpost.summary import Summary
 from gradpost.tensors import Rows, bf16
@@ -28,14 +33,19 @@ __all__ = [
     "CertificateError",
     "Checkpoint",
     "ClosedError",
+    "Contribution",
     "DeadlineExceeded",
     "EpochChanged",
     "GradpostError",
     "Http",
     "InProcess",
+    "LocalSteps",
+    "MovedOn",
     "NotPulled",
     "RefusedError",
     "RetryPolicy",
+    "RoundAbandoned",
+    "RoundClosed",
     "Rows",
     "Session",
     "StaleGradient",

@@ -69,6 +69,7 @@ class Calls:
         timeout_s: float,
         value: Any = None,
         needs: tuple[str, ...] = (),
+        headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """One attempt with JSON both ways; an empty answer is {}.
 
@@ -76,13 +77,13 @@ class Calls:
             TransportError: As `send`, or a member that the caller `needs` is not there.
         """
         body: list[Part] = []
-        headers = {}
+        sent = dict(headers or {})
         if value is not None:
             body = [_json(value)]
-            headers["Content-Type"] = JSON
+            sent["Content-Type"] = JSON
         return self.send(
             method, path, lambda answer: members(answer, needs), timeout_s,
-            headers=headers, body=body,
+            headers=sent, body=body,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ GradpostError            retryable: whether the same call is worth making again
 ├── TransportError       no (whole) answer came
 ├── DeadlineExceeded     retries used up the time; `kept` names the push that is kept
 └── RefusedError         the server answered with a problem; one subclass per problem type
+    └── MovedOn          of those: the model moved on without this gradient; pull, compute again
 ```
 """
 
@@ -152,12 +153,32 @@ class RefusedError(GradpostError):
         """The session's version, where the problem states it."""
         return self._number("version")
 
+    @property
+    def round(self) -> int | None:
+        """The number of a round, where the problem states one."""
+        return self._number("round")
+
     def _number(self, name: str) -> int | None:
         value = self.problem.get(name)
         return value if isinstance(value, int) else None
 
+    def _text(self, name: str) -> str | None:
+        value = self.problem.get(name)
+        return value if isinstance(value, str) else None
+
+    def _float(self, name: str) -> float | None:
+        value = self.problem.get(name)
+        return float(value) if isinstance(value, int | float) else None
+
     def __str__(self) -> str:
         return f"{self.status} {self.slug or 'refused'}: {self.detail}"
+
+
+class MovedOn(RefusedError):
+    """The gradient was not applied and never will be, for the model has moved on: pull again.
+
+    `epoch`, `version` and `step` say where it is, as far as the problem states them.
+    """
 
 
 class BadRequest(RefusedError):
@@ -268,13 +289,13 @@ class WorkerRetired(RefusedError):
     slug = "worker-retired"
 
 
-class EpochChanged(RefusedError):
+class EpochChanged(MovedOn):
     """The session's history was cut."""
 
     slug = "epoch-changed"
 
 
-class VersionUnknown(RefusedError):
+class VersionUnknown(MovedOn):
     """No such version yet."""
 
     slug = "version-unknown"
@@ -286,7 +307,7 @@ class VersionPending(RefusedError):
     slug = "version-pending"
 
 
-class StaleGradient(RefusedError):
+class StaleGradient(MovedOn):
     """Gradient too stale."""
 
     slug = "stale-gradient"
@@ -326,42 +347,6 @@ class BackupRefused(RefusedError):
     """No backup can be made now or there."""
 
     slug = "backup-refused"
-
-
-class RoundUnknown(RefusedError):
-    """No such round."""
-
-    slug = "round-unknown"
-
-
-class RoundClosed(RefusedError):
-    """The round of this gradient is closed: pull and compute again."""
-
-    slug = "round-closed"
-
-
-class RoundAbandoned(RefusedError):
-    """The round was abandoned, and the push with it: pull and compute again."""
-
-    slug = "round-abandoned"
-
-
-class AlreadyContributed(RefusedError):
-    """The worker has contributed to this round."""
-
-    slug = "already-contributed"
-
-
-class OverridesDiffer(RefusedError):
-    """The round's other contributions have other overrides."""
-
-    slug = "overrides-differ"
-
-
-class NormExceeded(RefusedError):
-    """The gradient's norm is above the session's bound."""
-
-    slug = "norm-exceeded"
 
 
 class SessionGone(RefusedError):
@@ -436,12 +421,6 @@ class KeyReused(RefusedError):
     slug = "key-reused"
 
 
-class SparseUnsupported(RefusedError):
-    """The rule or the update mode takes no rows alone."""
-
-    slug = "sparse-unsupported"
-
-
 class TooManySessions(RefusedError):
     """Too many sessions."""
 
@@ -508,7 +487,90 @@ class InsufficientMemory(RefusedError):
     slug = "insufficient-memory"
 
 
-BY_SLUG: Mapping[str, type[RefusedError]] = {one.slug: one for one in RefusedError.__subclasses__()}
+class RoundClosed(MovedOn):
+    """The round of the gradient's base version is closed; `round` is the open one."""
+
+    slug = "round-closed"
+
+
+class RoundAbandoned(MovedOn):
+    """The round was given up, and the contributions to it with it.
+
+    `reason` says why: timeout, or that parameters, state, groups or the specification were
+    changed, or the server was stopped.
+    """
+
+    slug = "round-abandoned"
+
+    @property
+    def reason(self) -> str | None:
+        """Why, in one word."""
+        return self._text("reason")
+
+    @property
+    def worker(self) -> str | None:
+        """Whose contribution it was."""
+        return self._text("worker")
+
+    @property
+    def sequence(self) -> int | None:
+        """Of that contribution; the number stays used."""
+        return self._number("sequence")
+
+
+class AlreadyContributed(RefusedError):
+    """The worker has contributed to the open round, with another sequence."""
+
+    slug = "already-contributed"
+
+    @property
+    def sequence(self) -> int | None:
+        """Of the contribution that counts."""
+        return self._number("sequence")
+
+
+class OverridesDiffer(RefusedError):
+    """The overrides are not those of the round's first contribution."""
+
+    slug = "overrides-differ"
+
+
+class NormExceeded(RefusedError):
+    """The norm of the contribution is beyond what the session admits."""
+
+    slug = "norm-exceeded"
+
+    @property
+    def norm(self) -> float | None:
+        """Of the contribution."""
+        return self._float("norm")
+
+    @property
+    def max_norm(self) -> float | None:
+        """That the session admits."""
+        return self._float("max_norm")
+
+
+class RoundUnknown(RefusedError):
+    """No such round: it has not begun, or it was closed too long ago."""
+
+    slug = "round-unknown"
+
+
+class SparseUnsupported(RefusedError):
+    """The rule, or the mode, takes no sparse rows: send the gradient dense."""
+
+    slug = "sparse-unsupported"
+
+
+def _typed(root: type[RefusedError]) -> dict[str, type[RefusedError]]:
+    found = {root.slug: root} if root.slug else {}
+    for one in root.__subclasses__():
+        found |= _typed(one)
+    return found
+
+
+BY_SLUG: Mapping[str, type[RefusedError]] = _typed(RefusedError)
 
 
 def refusal(

@@ -149,7 +149,8 @@ class Http:
         payload: Any = list(body) or None
         if payload and sum(map(len, body)) <= _JOINED:
             payload = [b"".join(body)]
-        length = {"Content-Length": str(sum(map(len, body)))} if body else {}
+        bodied = body or method not in ("GET", "HEAD", "DELETE")
+        length = {"Content-Length": str(sum(map(len, body)))} if bodied else {}
         timeout = urllib3.Timeout(connect=min(timeout_s, _CONNECT_S), read=timeout_s)
         try:
             response = self._pool.urlopen(

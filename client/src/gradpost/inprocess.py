@@ -135,7 +135,7 @@ class InProcess:
         """One request through the application."""
         path, _, query = path.partition("?")
         fields = {"host": "in-process", **{k.lower(): v for k, v in headers.items()}}
-        if body:
+        if body or method not in ("GET", "HEAD", "DELETE"):
             fields.setdefault("content-length", str(sum(map(len, body))))
         scope = {
             "type": "http",

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from gradpost.answers import Version
 from gradpost.errors import CertificateError, DeadlineExceeded, InFlight, RefusedError
 from gradpost.transport import Part
 
@@ -20,13 +21,15 @@ class Push(NamedTuple):
     Attributes:
         sequence: Its number.
         path: With the query.
-        body: The gradient.
+        body: The gradient; none for a pass.
+        base: The version that it was computed from.
         settled: Called once, with what its call returned, or with None if it was not applied.
     """
 
     sequence: int
     path: str
     body: Sequence[Part]
+    base: Version
     settled: Callable[[Any], None] = _nothing
 
 
@@ -88,7 +91,7 @@ class Unsettled:
 
     def keep(self, push: Push) -> None:
         """Keeps a copy: the trainer may use the memory of its gradients again."""
-        copy = push._replace(body=[b"".join(push.body)])
+        copy = push._replace(body=[b"".join(push.body)] if push.body else [])
         with self._lock:
             self._kept[push.sequence] = copy
 

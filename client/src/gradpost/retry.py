@@ -113,10 +113,18 @@ class Retrier:
                     policy.on_retry(Attempt(count, error, delay))
                 policy.sleep(delay)
 
-    def _delay(self, count: int, error: GradpostError) -> float:
-        """Seconds to wait: half of the backoff and a random half; no less than Retry-After."""
+    def pause(self, count: int, end: float) -> None:
+        """Waits before one asks again, for the time after `count` such waits; not beyond `end`."""
+        self.policy.sleep(max(min(self._backoff(count), self.left_s(end)), 0.0))
+
+    def _backoff(self, count: int) -> float:
+        """Half of the backoff and a random half, in seconds."""
         backoff = min(self.policy.cap_s, self.policy.base_s * 2.0 ** min(count, 30))
         with self._lock:
-            delay = backoff * (0.5 + 0.5 * self._random.random())
+            return backoff * (0.5 + 0.5 * self._random.random())
+
+    def _delay(self, count: int, error: GradpostError) -> float:
+        """Seconds to wait before a retry; no less than Retry-After."""
+        delay = self._backoff(count)
         asked = error.retry_after_s if isinstance(error, RefusedError) else None
         return delay if asked is None else asked + delay

@@ -1,19 +1,16 @@
 """A session on a server, as a trainer uses it: push gradients, pull parameters."""
 
 import json
-import math
 import os
 import re
-import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, overload
 from urllib.parse import urlencode
 
 import numpy as np
 
-from gradpost import compress as compression
 from gradpost.answers import (
     Buffer,
     Form,
@@ -25,44 +22,31 @@ from gradpost.answers import (
     summary_of,
     tensors_of,
 )
-from gradpost.calls import Calls, members, path_of
+from gradpost.calls import members, path_of
 from gradpost.checkpoints import Checkpoints
+from gradpost.compress import Codec, ErrorFeedback
+from gradpost.described import Described
 from gradpost.errors import (
-    ClosedError,
-    DeadlineExceeded,
+    EpochChanged,
     GradpostError,
-    NotPulled,
     PreconditionFailed,
     RefusedError,
-    SessionGone,
     refusal,
 )
 from gradpost.http import Http
-from gradpost.pending import Push, Tries, Unsettled
-from gradpost.protocol import (
-    EPOCH,
-    INCARNATION,
-    JSON,
-    PROBLEM_PREFIX,
-    SAFETENSORS,
-    SUMMARY,
-    VERSION,
-)
+from gradpost.protocol import JSON, PROBLEM_PREFIX, SAFETENSORS, SUMMARY
 from gradpost.protocol.versions import format_version
-from gradpost.retry import Retrier, RetryPolicy
+from gradpost.pushes import BINARY, PLAIN, Compress, Overrides, Pushes, Reading, Terms
+from gradpost.retry import RetryPolicy
+from gradpost.rounds import Contribution
 from gradpost.summary import Summary
 from gradpost.tensors import Tensors, encode
-from gradpost.transport import Answer, Part, Transport
-from gradpost.uploads import Base, Upload
-
-Overrides = Mapping[str, Mapping[str, Any]]
-Compress = str | compression.Codec | compression.ErrorFeedback | None
-T = TypeVar("T")
-
-_BINARY = {"Content-Type": SAFETENSORS}
+from gradpost.training import Compute, train_step
+from gradpost.transport import Answer, Transport
+from gradpost.uploads import Uploads
 
 
-class Session:
+class Session(Described):
     """One trainer's view of a session. Make it by `create` or `attach`; use it as a context.
 
     Worker identity, sequence numbers, base versions and retries are kept here: a call that returns
@@ -70,17 +54,17 @@ class Session:
     without an answer to trust (`DeadlineExceeded`, an interrupt) is `pending`: its bytes are kept,
     and `settle` or the next push sends them again, so that it is applied once, not twice, and not
     lost while this object lives. May be used by several threads; the calls that return futures run
-    in order in one thread of their own.
+    in order in one thread of their own. Where workers wait for each other this object is one of
+    them from its making until `close`.
 
     Attributes:
         id: The session's id on the server.
         worker: This trainer's id, new for each incarnation.
+        mode: The update mode: async, sync or bounded.
+        takes: What a push carries: a "gradient", or the "delta" of a trainer's local steps.
         attached: True if `create` found the session there; its parameters are then not yours.
-        version: (epoch, version) of the parameters pulled last, or that this object's last upload
-            resulted in; gradients count as computed there. None before that.
+        version: (epoch, version) that gradients count as computed from.
         checkpoints: Files on the server with parameters and state: make, download, restore.
-        compress: What makes gradients smaller before they are sent; None: nothing does. The state
-            of an `ErrorFeedback` belongs into the trainer's own checkpoints.
     """
 
     def __init__(
@@ -95,23 +79,15 @@ class Session:
         close_transport: bool = False,
         compress: Compress = None,
     ) -> None:
-        self.id = id
-        self._close_transport = close_transport
         prefix = re.sub(r"[^A-Za-z0-9._-]", "-", worker or "worker")[:100]
-        self.worker = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        named = f"{prefix}-{uuid.uuid4().hex[:12]}"
+        super().__init__(
+            transport, id, named, api_key, policy, seed, close_transport=close_transport
+        )
         self.attached = False
-        self.version: Version | None = None
-        self._calls = Calls(transport, api_key)
-        self._retrier = Retrier(policy or RetryPolicy(), seed)
-        self._lock = threading.Lock()
-        self._sequence = 0
-        self._unsettled = Unsettled()
-        self._master = "F32"
-        self._incarnation: str | None = None
-        self._thread: ThreadPoolExecutor | None = None
-        self._admitted = threading.local()
-        self._closed = False
-        self.compress = compression.chosen(compress)
+        self._pushes = Pushes(id, self._standing, self._calls, self._retrier, self._run, compress)
+        uploads = Uploads(id, self._standing, self._calls, self._run)
+        self._replace = uploads.replace
         self.checkpoints = Checkpoints(id, self._document, self._request, self._replace)
 
     @classmethod
@@ -134,8 +110,10 @@ class Session:
         missing: str | None = None,
         durability: str | None = None,
         log_slots: int | None = None,
+        push: str | None = None,
         api_key: str | None = None,
         worker: str | None = None,
+        join: bool | None = None,
         policy: RetryPolicy | None = None,
         seed: int | None = None,
         proxy: str | None = None,
@@ -153,7 +131,8 @@ class Session:
             rule: As adam; with its hyperparameters as keywords (lr=0.001, …).
             optimizer: Instead of rule and keywords: {"rule": "adam", "lr": 0.001}.
             dtype: Of parameters and state on the server, F32 (default) or F64.
-            update: As {"max_staleness": 8}.
+            update: As {"max_staleness": 8}, or {"mode": "sync", "workers": 4,
+                "round_timeout_s": 60}, or {"mode": "bounded", "slack": 3}.
             on_nonfinite: "refuse" (default) or "skip".
             groups: Of tensors with hyperparameters of their own: [{"params": ["*.bias"],
                 "weight_decay": 0.0}].
@@ -165,8 +144,12 @@ class Session:
                 as they are ("skip").
             durability: none, snapshot or log: what a crash of the server leaves.
             log_slots: Pushes that the log holds between two snapshots.
+            push: What a push carries: "gradient" (default), or "delta": what a trainer's local
+                steps changed, end - start, as `LocalSteps` sends it.
             api_key: The server's key; the environment's GRADPOST_API_KEY where None.
             worker: A name for this trainer; a random part is appended.
+            join: Take a place among the workers, with a lease that a thread renews, until `close`;
+                None: in sync and bounded mode.
             policy: Deadlines and retries.
             seed: Of the retries' jitter.
             proxy: As `Http` takes it.
@@ -187,7 +170,7 @@ class Session:
         stated = {
             "dtype": dtype, "update": update, "on_nonfinite": on_nonfinite, "groups": groups,
             "clip": clip, "schedule": schedule, "ema": ema, "norms": norms, "missing": missing,
-            "durability": durability, "log_slots": log_slots,
+            "durability": durability, "log_slots": log_slots, "push": push,
         }  # fmt: skip
         spec.update({name: value for name, value in stated.items() if value is not None})
         session = cls._open(
@@ -195,10 +178,11 @@ class Session:
         )
         try:
             found = session._document("PUT", path_of(session.id), spec, ("dtype",))
-            session._note(found)
+            session._standing.describe(found)
             session.attached = bool(found.get("attached"))
             if params is not None:
                 session._initialise(params)
+            session._join(join)
         except BaseException:
             session.close()
             raise
@@ -212,13 +196,16 @@ class Session:
         *,
         api_key: str | None = None,
         worker: str | None = None,
+        join: bool | None = None,
         policy: RetryPolicy | None = None,
         seed: int | None = None,
         proxy: str | None = None,
         ca_certs: str | None = None,
         compress: Compress = None,
     ) -> "Session":
-        """Joins a session that exists, whatever it was created with.
+        """Goes to a session that exists, whatever it was created with.
+
+        The arguments are those of `create`.
 
         Raises:
             SessionUnknown: There is none of this id.
@@ -226,6 +213,7 @@ class Session:
         session = cls._open(url, id, proxy, ca_certs, api_key, worker, policy, seed, compress)
         try:
             session.info()
+            session._join(join)
         except BaseException:
             session.close()
             raise
@@ -258,7 +246,59 @@ class Session:
             compress=compress,
         )
 
+    @property
+    def compress(self) -> Codec | ErrorFeedback | None:
+        """What makes gradients smaller before they are sent; None: nothing does.
+
+        The state of an `ErrorFeedback` belongs into the trainer's own checkpoints.
+        """
+        return self._pushes.compress
+
+    def _join(self, wanted: bool | None) -> None:
+        if wanted or (wanted is None and self._standing.waits):
+            self.join()
+
     # Training
+
+    @property
+    def version(self) -> Version | None:
+        """(epoch, version) that gradients count as computed from; None before the first.
+
+        That of the parameters pulled last, or that this object's last upload resulted in.
+        """
+        return self._standing.version
+
+    @version.setter
+    def version(self, version: Version | None) -> None:
+        self._standing.version = version
+
+    @overload
+    def push(
+        self,
+        grads: Tensors,
+        *,
+        loss: float | None = None,
+        base_version: Version | None = None,
+        overrides: Overrides | None = None,
+        grad_scale: float | None = None,
+        weight: float | None = None,
+        wait: Literal[True] = True,
+        deadline_s: float | None = None,
+    ) -> Summary: ...
+
+    @overload
+    def push(
+        self,
+        grads: Tensors,
+        *,
+        loss: float | None = None,
+        base_version: Version | None = None,
+        overrides: Overrides | None = None,
+        grad_scale: float | None = None,
+        weight: float | None = None,
+        wait: Literal[False],
+        deadline_s: float | None = None,
+    ) -> Contribution: ...
 
     def push(
         self,
@@ -268,11 +308,15 @@ class Session:
         base_version: Version | None = None,
         overrides: Overrides | None = None,
         grad_scale: float | None = None,
-    ) -> Summary:
+        weight: float | None = None,
+        wait: bool = True,
+        deadline_s: float | None = None,
+    ) -> Summary | Contribution:
         """Posts a gradient; returns when it was applied, exactly once.
 
-        A pending push is settled first, in the same deadline. If that is refused or fails, its
-        error is raised, with a note, and this gradient was not sent.
+        In sync mode that is when its round is closed, and in bounded mode when the slowest worker
+        is near enough. A pending push is settled first, in the same deadline. If that is refused or
+        fails, its error is raised, with a note, and this gradient was not sent.
 
         Args:
             grads: Name → array, every tensor of the session, in any order; `Rows` for one of
@@ -280,19 +324,31 @@ class Session:
             loss: For the history; left out there if it is not finite.
             base_version: Of the parameters the gradient was computed from; those pulled last where
                 None.
-            overrides: Hyperparameters of this update, as {"default": {"lr": 0.1}}, by group.
+            overrides: Hyperparameters of this update, as {"default": {"lr": 0.1}}, by group. All
+                contributions to a round have the same.
             grad_scale: The gradient is divided by it.
+            weight: Of sync mode, in the mean of the round; 1 where None. With 0 it is a pass, as
+                by `skip_round`: the gradient is not sent.
+            wait: False: do not wait for other workers. What was received is a `Contribution`, and
+                `wait` tells what became of it.
+            deadline_s: Seconds for this call; as the policy says where None. A round may last as
+                long as its timeout, so give it more than that.
 
         Raises:
             NotPulled: Nothing was pulled or uploaded yet, and `base_version` is not given.
-            StaleGradient: The model moved on too far; pull and compute again.
-            EpochChanged: Its history was cut; pull and compute again.
+            MovedOn: The model moved on, so pull and compute again: `StaleGradient`, it did so too
+                far; `EpochChanged`, its history was cut; `RoundClosed`, others have closed the
+                round; `RoundAbandoned`, nobody's gradient was applied.
+            AlreadyContributed: To this round, by another push.
             RefusedError: Anything else the server refuses.
             DeadlineExceeded: No answer in time; the push is pending (`kept` is its sequence), so
                 do not push this gradient again. If `kept` is None it was not sent.
         """
-        control = _control(overrides, grad_scale)
-        return self._push(grads, loss, base_version, control, summary_of, _BINARY)
+        terms = Terms(loss, base_version, overrides, grad_scale, weight)
+        end = self._retrier.end(deadline_s)
+        if wait:
+            return self._pushes.send(grads, terms, PLAIN, end)
+        return self._pushes.post(grads, terms, end)
 
     def push_pull(
         self,
@@ -302,10 +358,12 @@ class Session:
         base_version: Version | None = None,
         overrides: Overrides | None = None,
         grad_scale: float | None = None,
+        weight: float | None = None,
         into: Buffer | None = None,
         dtype: str | None = None,
+        deadline_s: float | None = None,
     ) -> tuple[Summary, Params]:
-        """Posts a gradient and gets the parameters after it, in one request.
+        """Posts a gradient and gets the parameters after it, in one request where it can be.
 
         As `push`, a pending one included: `settle` then returns its summary, and `pull` the
         parameters.
@@ -316,29 +374,112 @@ class Session:
             base_version: As for `push`.
             overrides: As for `push`.
             grad_scale: As for `push`.
+            weight: As for `push`.
             into: Memory to use again; arrays returned earlier with it are overwritten.
             dtype: Of the answer: F32, F64, F16, BF16 (as uint16), or model.
+            deadline_s: As for `push`.
 
         Raises:
             GradpostError: As `push`. Where `summary` is set the gradient was applied, and only the
                 parameters did not come: pull them.
         """
-        summary, received = self._push(
-            grads,
-            loss,
-            base_version,
-            _control(overrides, grad_scale),
+        form: Reading[tuple[Summary, Params | None]] = Reading(
             lambda answer: self._answered(answer, into, (dtype, None)),
-            {**_BINARY, "Accept": SAFETENSORS},
+            lambda summary: (summary, None),
+            {"Accept": SAFETENSORS},
             "" if dtype is None else "&" + urlencode({"dtype": dtype}),
         )
+        terms = Terms(loss, base_version, overrides, grad_scale, weight)
+        end = self._retrier.end(deadline_s)
+        summary, received = self._pushes.send(grads, terms, form, end)
         if received is not None:
             return summary, received
-        try:  # applied, but its parameters can't be had in this form: pull says why
-            return summary, self.pull(into=into, dtype=dtype)
+        try:  # it was applied, after a wait, or its parameters can't be had so: pull says why
+            return summary, self._pull_after(summary, into, dtype)
         except GradpostError as error:
             error.of_applied(summary)
             raise
+
+    def skip_round(
+        self,
+        *,
+        base_version: Version | None = None,
+        overrides: Overrides | None = None,
+        deadline_s: float | None = None,
+    ) -> Summary:
+        """Takes part in a round of sync mode without a gradient, so that nobody waits for one.
+
+        Args:
+            base_version: As for `push`.
+            overrides: As for `push`.
+            deadline_s: As for `push`.
+
+        Returns:
+            What the others' gradients did.
+
+        Raises:
+            GradpostError: As `push`.
+        """
+        terms = Terms(None, base_version, overrides, None, 0.0)
+        return self._pushes.send({}, terms, PLAIN, self._retrier.end(deadline_s))
+
+    def wait(self, contribution: Contribution, deadline_s: float | None = None) -> Summary:
+        """Waits until the round of a contribution is closed.
+
+        Args:
+            contribution: As `push(wait=False)` returned it.
+            deadline_s: Seconds for this call; as the policy says where None.
+
+        Raises:
+            RoundAbandoned: It was, and the contribution with it.
+            RoundUnknown: The round was closed so long ago that the server has forgotten it, or
+                the session has come back from before it.
+            DeadlineExceeded: It is still open; wait again.
+        """
+        self._check_open()
+        return self._pushes.rounds.wait(contribution, self._retrier.end(deadline_s))
+
+    def train_step(
+        self,
+        compute: Compute,
+        *,
+        on_refused: str = "recompute",
+        attempts: int = 5,
+        weight: float | None = None,
+        overrides: Overrides | None = None,
+        into: Buffer | None = None,
+        dtype: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Summary:
+        """Pulls, computes a gradient and pushes it; once more where the model moved on meanwhile.
+
+        Args:
+            compute: Parameters → gradients, or (loss, gradients). It may be called several times.
+            on_refused: "recompute", or "raise" at the first refusal.
+            attempts: Gradients to compute at most.
+            weight: As for `push`.
+            overrides: As for `push`.
+            into: As for `pull`.
+            dtype: As for `pull`.
+            deadline_s: As for `push`, of each attempt.
+
+        Raises:
+            MovedOn: The model moved on during the last attempt too.
+            GradpostError: As `pull` and `push`.
+        """
+
+        def push(grads: Tensors, loss: float | None) -> Summary:
+            return self.push(
+                grads, loss=loss, weight=weight, overrides=overrides, deadline_s=deadline_s
+            )
+
+        return train_step(
+            lambda: self.pull(into=into, dtype=dtype),
+            push,
+            compute,
+            on_refused=on_refused,
+            attempts=attempts,
+        )
 
     @property
     def pending(self) -> int | None:
@@ -346,11 +487,12 @@ class Session:
 
         None if there is none. Several threads may leave several: `settle` takes them one by one.
         """
-        push = self._unsettled.oldest
-        return None if push is None else push.sequence
+        return self._pushes.pending
 
     def settle(self, deadline_s: float | None = None) -> Summary | None:
         """Sends the oldest pending push again, the same bytes, until an answer settles it.
+
+        In sync mode that is when its round is closed.
 
         `version` stays as it is: the parameters after the push are yours only when you pull them.
 
@@ -368,7 +510,7 @@ class Session:
             DeadlineExceeded: No answer in time; it stays pending, settle again.
         """
         self._check_open()
-        return self._settle(self._retrier.end(deadline_s))
+        return self._pushes.settle(self._retrier.end(deadline_s))
 
     def pull(
         self,
@@ -406,6 +548,7 @@ class Session:
         query += [("dtype", dtype)] if dtype else []
         query += [("min_version", format_version(*min_version))] if min_version else []
         query += [("of", of)] if of else []
+        query += [("worker", self.worker)] if self._membership.joined else []  # renews the lease
         headers = {"Accept": SAFETENSORS}
         if wait_s is not None:
             headers["Prefer"] = f"wait={wait_s:g}"
@@ -429,7 +572,7 @@ class Session:
                 names=names, dtype=dtype, min_version=min_version, wait_s=wait_s, into=into
             )
         if of != "ema":
-            self._pulled(said)
+            self._standing.pulled(said)
         return found
 
     def push_async(self, grads: Tensors, **options: Any) -> "Future[Summary]":
@@ -446,29 +589,11 @@ class Session:
         """
         return self._later(lambda: self.push_pull(grads, **options))
 
+    def step_async(self, grads: Tensors, **options: Any) -> "Future[tuple[Summary, Params]]":
+        """`push_pull_async` by another name: what it did, and the parameters to go on with."""
+        return self.push_pull_async(grads, **options)
+
     # Everything else
-
-    def info(self) -> dict[str, Any]:
-        """Everything the server says of the session."""
-        found = self._document("GET", path_of(self.id), needs=("dtype",))
-        self._note(found)
-        return found
-
-    def patch(self, **changes: Any) -> dict[str, Any]:
-        """Changes hyperparameters from the next update on: `patch(optimizer={"lr": 1e-4})`."""
-        return self._document("PATCH", path_of(self.id), changes)
-
-    def history(self, *, limit: int = 1000, after_step: int = 0) -> list[dict[str, Any]]:
-        """The last steps, the oldest first."""
-        query = [("limit", str(limit)), ("after_step", str(after_step))]
-        path = path_of(self.id, "history", query=query)
-        return list(self._document("GET", path, needs=("steps",))["steps"])
-
-    def schedule(self, steps: int = 100) -> dict[str, list[float]]:
-        """The learning rates of the next updates, by group, as the server's schedule has them."""
-        path = path_of(self.id, "schedule", query=[("steps", str(steps))])
-        found = self._document("GET", path, needs=("lr",))["lr"]
-        return {str(name): [float(rate) for rate in rates] for name, rates in found.items()}
 
     def add_group(self, name: str, params: Tensors, **hyperparameters: Any) -> dict[str, Any]:
         """Adds a group of new tensors; all others keep parameters, state and counts.
@@ -489,20 +614,18 @@ class Session:
         """
         group = json.dumps({"name": name, **hyperparameters}, allow_nan=False)
         path = path_of(self.id, "groups", query=[("group", group)])
-        body = encode(params, self._master)
+        body = encode(params, self._standing.master)
 
         def read(answer: Answer) -> tuple[int, dict[str, Any]]:
             return answer.status, members(answer, ("epoch", "version", "dtype"))
 
         status, found = self._run(
-            lambda timeout: self._calls.send(
-                "POST", path, read, timeout, headers=_BINARY, body=body
-            )
+            lambda timeout: self._calls.send("POST", path, read, timeout, headers=BINARY, body=body)
         )
         now = int(found["epoch"]), int(found["version"])
-        with self._lock:  # nobody pushed in between: the others are still those pulled last
+        with self._standing.lock:  # nobody pushed in between: the others are those pulled last
             if status == 201 and self.version == (now[0], now[1] - 1):
-                self.version = now
+                self._standing.version = now
         return found
 
     def set_params(self, params: Tensors, *, first_only: bool = False) -> None:
@@ -526,7 +649,7 @@ class Session:
             DeadlineExceeded: No answer in time; whether they were taken is not known, and nothing
                 is kept. `info` and `pull` tell; the same call again is another upload.
         """
-        self._replace("params", encode(params, self._master), first_only=first_only)
+        self._replace("params", encode(params, self._standing.master), first_only=first_only)
 
     def state(self) -> State:
         """The whole optimizer state."""
@@ -549,32 +672,7 @@ class Session:
         }
         if state.scalars:
             facts["scalars"] = json.dumps({name: dict(own) for name, own in state.scalars.items()})
-        self._replace("state", encode(state.tensors, self._master, facts))
-
-    def delete(self) -> None:
-        """Ends the session on the server, for every worker."""
-        try:
-            self._document("DELETE", path_of(self.id))
-        except SessionGone:  # the answer to an earlier attempt was lost, or another worker's delete
-            return
-
-    @property
-    def retries(self) -> int:
-        """Attempts beyond the first, so far."""
-        return self._retrier.retries
-
-    def close(self) -> None:
-        """Waits for what runs in the background and closes the connections; the session stays.
-
-        Sends nothing: a push that is still pending is dropped, so settle it before.
-        """
-        with self._lock:
-            self._closed = True
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.shutdown(wait=True)
-        if self._close_transport:  # one that was handed in may serve other sessions
-            self._calls.close()
+        self._replace("state", encode(state.tensors, self._standing.master, facts))
 
     def __enter__(self) -> "Session":
         return self
@@ -606,6 +704,13 @@ class Session:
             )
             raise refusal(409, {"type": f"{PROBLEM_PREFIX}spec-differs", "detail": detail})
 
+    def _pull_after(self, summary: Summary, into: Buffer | None, dtype: str | None) -> Params:
+        """The parameters after a push, or newer ones."""
+        try:
+            return self.pull(into=into, dtype=dtype, min_version=summary.at)
+        except EpochChanged:  # by an upload since: what is there now came after all the same
+            return self.pull(into=into, dtype=dtype)
+
     def _answered(
         self, answer: Answer, into: Buffer | None, form: Form
     ) -> tuple[Summary, Params | None]:
@@ -614,201 +719,9 @@ class Session:
             return summary_of(answer), None
         received, said = tensors_of(answer, into, form)
         summary = Summary.of(json.loads(said[SUMMARY]))
-        self._pulled(said)
+        self._standing.pulled(said)
         return summary, received.tensors
-
-    def _push(
-        self,
-        grads: Tensors,
-        loss: float | None,
-        base: Version | None,
-        control: Sequence[tuple[str, str]],
-        read: Callable[[Answer], T],
-        headers: Mapping[str, str],
-        asked: str = "",
-    ) -> T:
-        """Sends a push after those that are pending; kept if it ends with its fate unknown."""
-        end = self._retrier.end()
-        if self._unsettled:
-            self._settle_all(end)
-        push = self._push_of(grads, loss, base, control)
-        tries = Tries(
-            lambda timeout: self._calls.send(
-                "POST", push.path + asked, read, timeout, headers=headers, body=push.body
-            )
-        )
-        try:
-            found = self._run(tries, end=end)
-        except BaseException as error:  # an interrupt, too, may come after the server has acted
-            if not tries.unsettled(error):
-                push.settled(None)
-            else:
-                self._unsettled.keep(push)
-                if isinstance(error, DeadlineExceeded):
-                    error.keep(push.sequence)
-                else:
-                    error.add_note(f"Push {push.sequence} may have been applied; call settle().")
-            raise
-        push.settled(found)
-        return found
-
-    def _settle_all(self, end: float) -> None:
-        """Makes way for the next push."""
-        try:
-            while self._unsettled:
-                self._settle(end)
-            if self._retrier.left_s(end) <= 0:
-                raise DeadlineExceeded("Settling the push before this one took all the time.")
-        except GradpostError as error:
-            error.add_note("The gradient of this call was not sent.")
-            raise
-
-    def _settle(self, end: float) -> Summary | None:
-        return self._unsettled.settle(
-            lambda push: self._run(
-                lambda timeout: self._calls.send(
-                    "POST", push.path, summary_of, timeout, headers=_BINARY, body=push.body
-                ),
-                end=end,
-            ),
-            self._retrier.left_s(end),
-        )
-
-    def _push_of(
-        self,
-        grads: Tensors,
-        loss: float | None,
-        base: Version | None,
-        control: Sequence[tuple[str, str]],
-    ) -> Push:
-        if base is not None and not _is_version(base):
-            raise TypeError(f"base_version is (epoch, version), as session.version; not {base!r}.")
-        body, settled = compression.encoded(self.compress, grads, self._master)
-        with self._lock:
-            base = base or self.version
-            if base is None:
-                settled(None)
-                raise NotPulled(
-                    "Pull before the first push: it says which parameters a gradient was computed "
-                    "from (or pass base_version)."
-                )
-            self._sequence += 1
-            sequence = self._sequence
-        query = [
-            ("worker", self.worker),
-            ("sequence", str(sequence)),
-            ("base_version", format_version(*base)),
-            *control,
-        ]
-        if self._incarnation is not None:
-            query.append(("incarnation", self._incarnation))
-        if loss is not None and math.isfinite(loss):  # a history has no NaN; such a step may count
-            query.append(("loss", repr(float(loss))))
-        return Push(sequence, path_of(self.id, "steps", query=query), body, settled)
-
-    def _run(
-        self,
-        attempt: Callable[[float], T],
-        *,
-        final: tuple[str, ...] = (),
-        end: float | None = None,
-    ) -> T:
-        self._check_open()
-        return self._retrier.run(attempt, final=final, end=end)
-
-    def _check_open(self) -> None:
-        if self._closed and not getattr(self._admitted, "now", False):
-            raise ClosedError("This session object was closed; attach again.")
-
-    def _document(
-        self, method: str, path: str, value: Any = None, needs: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        return self._run(lambda timeout: self._calls.document(method, path, timeout, value, needs))
-
-    def _request(
-        self, method: str, path: str, read: Callable[[Answer], T], headers: Mapping[str, str]
-    ) -> T:
-        return self._run(
-            lambda timeout: self._calls.send(method, path, read, timeout, headers=headers)
-        )
-
-    def _replace(
-        self,
-        what: str,
-        body: Sequence[Part],
-        *,
-        first_only: bool = False,
-        method: str = "PUT",
-        kind: str = SAFETENSORS,
-        query: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        """Uploads parameters or state, once, and takes the version that results."""
-        seen: list[str | None] = [None]
-
-        def read(answer: Answer) -> Version:
-            found = members(answer, ("epoch", "version"))
-            seen.append(found.get("incarnation"))
-            return int(found["epoch"]), int(found["version"])
-
-        def look(timeout: float) -> Base:
-            return Base(*self._calls.send("GET", path_of(self.id), read, timeout))
-
-        def put(condition: Mapping[str, str], timeout: float) -> Version:
-            headers = {"Content-Type": kind, **condition}
-            path = path_of(self.id, what, query=query)
-            return self._calls.send(method, path, read, timeout, headers=headers, body=body)
-
-        if first_only:
-            version = self._run(lambda timeout: put({"If-None-Match": "*"}, timeout))
-        else:
-            version = self._run(Upload(look, put))
-        with self._lock:
-            self.version = version
-            self._incarnation = seen[-1] or self._incarnation
-
-    def _later(self, call: Callable[[], T]) -> "Future[T]":
-        """Queues a call, which `close` lets run to its end."""
-
-        def admitted() -> T:
-            self._admitted.now = True
-            try:
-                return call()
-            finally:
-                self._admitted.now = False
-
-        with self._lock:
-            if self._closed:
-                raise ClosedError("This session object was closed; attach again.")
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="gradpost")
-            return self._thread.submit(admitted)
-
-    def _note(self, found: Mapping[str, Any]) -> None:
-        """Takes the dtype and the incarnation from a description."""
-        self._master = str(found["dtype"])
-        if self._incarnation is None:  # later only with parameters: a gradient is of those
-            self._incarnation = found.get("incarnation")
-
-    def _pulled(self, said: Mapping[str, str]) -> None:
-        with self._lock:
-            self.version = (int(said[EPOCH]), int(said[VERSION]))
-            self._incarnation = said.get(INCARNATION, self._incarnation)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     return np.asarray(getattr(value, "bits", value)).shape
-
-
-def _is_version(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(type(n) is int for n in value)
-
-
-def _control(overrides: Overrides | None, grad_scale: float | None) -> list[tuple[str, str]]:
-    """Control values of a push, as a query carries them."""
-    found = []
-    if overrides:
-        text = json.dumps(overrides, allow_nan=False, separators=(",", ":"))  # a head has a limit
-        found.append(("overrides", text))
-    if grad_scale is not None:
-        found.append(("grad_scale", repr(float(grad_scale))))
-    return found

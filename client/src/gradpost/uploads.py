@@ -1,12 +1,16 @@
 """Uploads that are taken once, though their answers may be lost."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from gradpost.answers import Version
+from gradpost.calls import Calls, members, path_of
 from gradpost.errors import PreconditionFailed
 from gradpost.pending import Tries
+from gradpost.protocol import SAFETENSORS
 from gradpost.protocol.versions import epoch_tag
+from gradpost.standing import Standing
+from gradpost.transport import Answer, Part
 
 
 class Base(NamedTuple):
@@ -87,3 +91,52 @@ class Upload:
     def _send(self, timeout_s: float) -> Version:
         assert self._base is not None
         return self._put(self._base.condition, timeout_s)
+
+
+class Uploads:
+    """The uploads of one session object.
+
+    Args:
+        id: Of the session.
+        standing: Where the trainer stands.
+        calls: To the server.
+        run: Runs attempts while the session object is open.
+    """
+
+    def __init__(self, id: str, standing: Standing, calls: Calls, run: Callable[..., Any]) -> None:
+        self._id = id
+        self._standing = standing
+        self._calls = calls
+        self._run = run
+
+    def replace(
+        self,
+        what: str,
+        body: Sequence[Part],
+        *,
+        first_only: bool = False,
+        method: str = "PUT",
+        kind: str = SAFETENSORS,
+        query: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Uploads parameters or state, once, and takes the version that results."""
+        seen: list[str | None] = [None]
+
+        def read(answer: Answer) -> Version:
+            found = members(answer, ("epoch", "version"))
+            seen.append(found.get("incarnation"))
+            return int(found["epoch"]), int(found["version"])
+
+        def look(timeout: float) -> Base:
+            return Base(*self._calls.send("GET", path_of(self._id), read, timeout))
+
+        def put(condition: Mapping[str, str], timeout: float) -> Version:
+            headers = {"Content-Type": kind, **condition}
+            path = path_of(self._id, what, query=query)
+            return self._calls.send(method, path, read, timeout, headers=headers, body=body)
+
+        if first_only:
+            version: Version = self._run(lambda timeout: put({"If-None-Match": "*"}, timeout))
+        else:
+            version = self._run(Upload(look, put))
+        self._standing.uploaded(version, seen[-1])

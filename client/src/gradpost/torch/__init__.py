@@ -2,6 +2,7 @@
 
 ```
 optimizer.py    RemoteOptimizer: step, groups, checkpoints
+local.py        LocalSteps: many local steps, then a push of what they changed
 rules.py        rules and hyperparameters: torch's names and defaults, and what the server holds
 names.py        parameters and groups: what they are called, which of them the server keeps
 groups.py       the groups of an optimizer beside those of the server
@@ -12,7 +13,8 @@ pending.py      a step under way
 ```
 """
 
+from gradpost.torch.local import LocalSteps
 from gradpost.torch.optimizer import RemoteOptimizer
 from gradpost.torch.pending import Pending
 
-__all__ = ["Pending", "RemoteOptimizer"]
+__all__ = ["LocalSteps", "Pending", "RemoteOptimizer"]

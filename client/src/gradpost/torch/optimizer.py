@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from gradpost.answers import Params
-from gradpost.errors import EpochChanged, RefusedError, StaleGradient, VersionUnknown
+from gradpost.errors import EpochChanged, MovedOn
 from gradpost.retry import RetryPolicy
 from gradpost.session import Session
 from gradpost.summary import Summary
@@ -19,10 +19,6 @@ from gradpost.torch.link import Link, arrays
 from gradpost.torch.pending import Pending
 from gradpost.torch.state import by_param, from_torch, same, to_torch
 from gradpost.transport import Transport
-
-_MOVED = (StaleGradient, EpochChanged, VersionUnknown)
-"""The refusals that say: the model moved on, pull and compute again."""
-
 
 REMOTE = "gradpost_checkpoint"
 """Where a state dict refers to a checkpoint on the server."""
@@ -51,7 +47,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
         rule: The server's name of the update rule, such as "adam".
         dtype: Of parameters and state on the server, F32 or F64; None: F64 if any parameter of
             the model is float64.
-        update: As {"max_staleness": 8}.
+        update: As {"max_staleness": 8}, or {"mode": "sync", "workers": 4, "round_timeout_s": 60}:
+            then a step waits for the others', which its `policy` has to leave time for, and one
+            without gradients passes the round.
         on_nonfinite: "refuse" (default): a gradient with NaN or infinity raises; or "skip".
         clip: As {"global_norm": 1.0}, done by the server.
         schedule: Of the learning rate, by the server; for a rate that param_groups leave as it was.
@@ -146,6 +144,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         closure: Callable[[], Any] | None = None,
         *,
         loss: Any = None,
+        weight: float | None = None,
         blocking: bool = True,
     ) -> Any:
         """Sends the gradients and writes the new parameters into the model.
@@ -155,6 +154,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         Args:
             closure: Computes the loss and the gradients anew; what it returns is reported.
             loss: Reported for the session's history, where there is no closure.
+            weight: Of sync mode: that of the gradient in the mean of its round; 1 where None.
             blocking: False: return at once. The parameters change in `synchronize`, or at the
                 beginning of the next step, over whatever the model holds then. The gradients are
                 copied, so backward may go on.
@@ -178,12 +178,15 @@ class RemoteOptimizer(torch.optim.Optimizer):
             base = self._link.settle(base)
             grads = tensors.gradients(self._groups.entries, self._master, copy=not blocking)
         if not grads:
-            return loss if blocking else Pending(None, loss)
+            if self.session.mode != "sync":
+                return loss if blocking else Pending(None, loss)
+            weight, scale = 0.0, None  # a pass: the others wait for a word of this process
         options: dict[str, Any] = {
             "loss": _finite(loss),
             "base_version": base,
             "overrides": self._groups.overrides(self.param_groups),
             "grad_scale": scale,
+            "weight": weight,
             "into": self._link.mirror.buffer,
             "dtype": self._link.dtype,
         }
@@ -244,12 +247,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """Takes the answer to a push, or drops the gradient that was refused."""
         try:
             self.summary, received = answer()
-        except _MOVED as error:
+        except MovedOn as error:
             self._drop(error)
         else:
             self._link.mirror.write(self._groups.entries, received)
 
-    def _drop(self, error: RefusedError) -> None:
+    def _drop(self, error: MovedOn) -> None:
         if self._on_refused == "raise":
             raise error
         if isinstance(error, EpochChanged):  # perhaps the session was created anew
