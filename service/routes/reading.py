@@ -109,7 +109,7 @@ async def gradient(request: Request, session: Session, query: dict[str, str]) ->
     if control.is_pass != bare:
         raise pass_differs(control)
     if bare:
-        return _pass(control)
+        return _pass(session, control)
     return await _streamed(request, session, control, form, known=known)
 
 
@@ -122,7 +122,8 @@ def pass_differs(control: PushControl) -> InvalidRequest:
     return invalid("weight", "There is no gradient; only a pass (weight 0) goes without.")
 
 
-def _pass(control: PushControl) -> Gradient:
+def _pass(session: Session, control: PushControl) -> Gradient:
+    session.ready  # noqa: B018 - refuses a session without parameters
     return Gradient(np.empty(0, np.float32), "F32", control, _nothing)
 
 
@@ -282,7 +283,7 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
     if control.is_pass != passes:
         raise pass_differs(control)
     if passes:
-        return _pass(control)
+        return _pass(session, control)
     arena = session.ready
     master = session.spec.dtype
     limit = request.app.state.settings.json_elements
@@ -290,12 +291,13 @@ async def _json_gradient(request: Request, session: Session, query: dict[str, st
     came, some = await _aside(request, length, read)
     if not came and not some:
         raise TensorMismatch("The push holds no tensors; send every tensor of the session.")
-    buffer = arena.gradients.acquire()
+    taken = [arena.gradients.acquire()]
 
     def release() -> None:
-        arena.gradients.release(buffer)
+        while taken:
+            arena.gradients.release(taken.pop())
 
-    flat = buffer[: arena.size * DTYPES[master]].view(NUMPY[master])
+    flat = taken[0][: arena.size * DTYPES[master]].view(NUMPY[master])
     try:
         rows = json.fill(arena.layout, came, flat, _taking(session, control, known=known), some)
     except BaseException:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gradpost.protocol.dtypes import NUMPY
 from kernels import accumulate, cpu, robust
-from service.errors import NormExceeded, RoundAbandoned
+from service.errors import NormExceeded, RoundAbandoned, ServiceError
 from service.schemas import Terms, Update, with_overrides
 from service.schemas.refusals import invalid
 from service.schemas.update import ROBUST
@@ -59,8 +59,13 @@ def contribute(session: "Session", gradient: Gradient) -> Program[Outcome]:
         yield from take(session, found)
     finally:
         session.committing.discard(key)
-    yield from settle(session)
-    return Outcome(fate_of(session, found.one), False, None, kept=is_kept(session, found))
+    try:
+        yield from settle(session)
+    except BaseException as error:  # what was taken stays taken
+        session.broken = session.broken or f"{type(error).__name__} at the end of a round"
+        raise
+    fate = fate_of(session, Contributed(found.one.round), *key)
+    return Outcome(fate, False, None, kept=is_kept(session, found))
 
 
 def decide(
@@ -114,6 +119,7 @@ def decide(
             norm, skipped, weight = None, "nonfinite", 0.0
         else:
             shrunk = _within(rules, norm)
+            norm = norm if math.isfinite(norm) else None
     sign = -1.0 if session.spec.push == "delta" else 1.0
     now = time.time()
     one = Contribution(
@@ -262,6 +268,11 @@ def close(session: "Session", reason: str) -> Program[None]:
         yield from _log(session, Close(found.number, "skipped", "passes", time.time(), None))
         skip(session, "passes", time.time())
         return
+    try:
+        _terms(session, found)
+    except ServiceError:  # a PATCH since does not go with the overrides that the round has
+        yield from abandon(session, "patch")
+        return
     push = yield from _decided(session, found)
     if push.skipped is not None:
         end = Close(found.number, "skipped", push.skipped, push.at, None)
@@ -312,9 +323,10 @@ def _log(session: "Session", end: Close) -> Program[None]:
 
 def _decided(session: "Session", found: Open) -> Program[Push]:
     """The update of a round: its gradient is reduced, measured, and its numbers are reckoned."""
-    arena = session.ready
-    yield from reduce(session, found)
+    arena = session.arena  # not `ready`: a deletion may wait behind this
+    assert arena is not None
     assert arena.reduced is not None
+    yield from reduce(session, found)
     dtype = session.spec.dtype
     terms = _terms(session, found)
     examined = update.examining(arena, terms, arena.reduced, dtype)
@@ -343,7 +355,8 @@ def _terms(session: "Session", found: Open) -> Sequence[Terms]:
 
 def reduce(session: "Session", found: Open) -> Program[None]:
     """Makes one gradient of a round's contributions, in the session's dtype."""
-    arena, rules, dtype = session.ready, found.rules, session.spec.dtype
+    arena, rules, dtype = session.arena, found.rules, session.spec.dtype
+    assert arena is not None
     assert arena.reduced is not None
     divisor = found.weight if rules.reduce == "mean" else 1.0
     if not rules.holds:
@@ -457,11 +470,22 @@ def _tell(session: "Session", found: Open, summary: Summary, at: float, step_s: 
 # What became of a contribution
 
 
-def fate_of(session: "Session", one: Contribution) -> Fate:
-    """What a repeat of a contribution would be answered now."""
-    known = session.ledger.find(one.worker, one.sequence)
-    assert known is not None
-    return known.summary
+def fate_of(session: "Session", fate: Contributed, worker: str, sequence: int) -> Fate:
+    """What became of a contribution by now; its worker may have left meanwhile.
+
+    Args:
+        session: Of it.
+        fate: What it was when it was last looked at.
+        worker: Whose.
+        sequence: Of it.
+    """
+    found = session.ledger.fate(worker, sequence)
+    if found is not None:
+        return found
+    closed = session.rounds.get(fate.round)
+    if closed is None:
+        return fate
+    return closed.summary or fate._replace(reason=closed.reason)
 
 
 def is_kept(session: "Session", decided: Decided) -> bool:

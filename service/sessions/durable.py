@@ -138,10 +138,9 @@ class Durable:
 
     def reserve_end(self) -> Slot | None:
         """A place for the end of a round, kept from its beginning: no round may lack one."""
-        session = self._session
-        arena = session.ready
-        runs = arena.runs if session.spec.missing == "refuse" else arena.layout.entries
-        large = largest_push(len(runs)) > META_BYTES - END
+        arena = self._session.ready
+        # Of every tensor for itself: a PATCH may come in between that cuts the groups' runs.
+        large = largest_push(len(arena.layout.entries)) > META_BYTES - END
         return self.journal.reserve(payload=large)
 
     def keep_end(self) -> None:

@@ -156,6 +156,13 @@ class Ledger:
             )
         return known
 
+    def fate(self, worker: str, sequence: int) -> Fate | None:
+        """What an admitted push did, also of a worker that is being retired; None if it is gone."""
+        with self._lock:
+            one = self._workers.get(worker)
+            known = None if one is None else one.admitted.get(sequence)
+        return None if known is None else known.summary
+
     def check_retired(self, worker: str) -> None:
         """Refuses a worker whose numbers are forgotten.
 

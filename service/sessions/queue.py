@@ -16,7 +16,7 @@ from kernels.pool import Waits
 from service.errors import ServiceError
 from service.sessions import contributions
 from service.sessions.lane import Program
-from service.sessions.ledger import Fate
+from service.sessions.ledger import Contributed, Fate
 from service.sessions.pushes import Ahead, Decided, Gradient, Outcome, Timing, apply, decide
 from service.sessions.records import Contribution, entry_of
 from service.storage.ring import Slot
@@ -212,7 +212,8 @@ def _apply_all(
         loop.call_soon_threadsafe(session.settled, member.queued.outcome, outcome)
     yield from contributions.settle(session)
     for queued, decided in rounds:  # the fate of a round is that of all who are in it
-        fate = contributions.fate_of(session, decided.one)
+        one = decided.one
+        fate = contributions.fate_of(session, Contributed(one.round), one.worker, one.sequence)
         outcome = Outcome(fate, False, None, kept=contributions.is_kept(session, decided))
         loop.call_soon_threadsafe(session.settled, queued.outcome, outcome)
 

@@ -70,8 +70,8 @@ def _position(found: Recovered, facts: image.Facts) -> Position:
 
 def _check_kernels(session: Session, found: Recovered) -> None:
     ours = image.kernel_rev(session.spec)
-    # An open round is summed anew, whatever has summed it before.
-    bound = [one for one in found.records if one.header.kind is not Kind.CONTRIBUTION]
+    # An open round is summed anew, whatever has summed it before; a PATCH computes nothing.
+    bound = [one for one in found.records if one.header.kind in (Kind.PUSH, Kind.ROUND_CLOSE)]
     if bound and found.row.kernel_rev != ours:
         raise Damaged(
             f"its log was written by other kernels (revision {found.row.kernel_rev}, and this "

@@ -184,13 +184,16 @@ class Rounds:
         """A closed round that is remembered."""
         return self._closed.get(number)
 
-    def check_free(self, worker: str, overrides: str | None, ahead: Sequence[Contribution]) -> None:
+    def check_free(
+        self, worker: str, overrides: str | None, ahead: Sequence[Contribution], at: dict[str, int]
+    ) -> None:
         """Refuses a contribution that does not fit what the open round has.
 
         Args:
             worker: Whose.
             overrides: JSON text.
             ahead: Contributions that are decided and not in the round yet.
+            at: Where the session stands, for a refusal.
 
         Raises:
             AlreadyContributed: It has one of this worker.
@@ -208,6 +211,7 @@ class Rounds:
                 worker=worker,
                 round=self.number,
                 sequence=before.sequence,
+                **at,
             )
         first = ahead[0].overrides if ahead else overrides
         if round_ is not None:
@@ -218,6 +222,7 @@ class Rounds:
                 "an update has one set of them: send the same from every worker, or PATCH the "
                 "session.",
                 round=self.number,
+                **at,
             )
 
     def begin(self, base: tuple[int, int], rules: Update, one: Contribution) -> Open:

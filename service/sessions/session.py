@@ -270,7 +270,7 @@ class Session:
         assert control.worker is not None
         contributions.check_weight(self.spec.update, control.weight)
         self.members.check_room(control.worker)
-        self.rounds.check_free(control.worker, control.overrides, ahead)
+        self.rounds.check_free(control.worker, control.overrides, ahead, self.at._asdict())
 
     def _survived(self, worker: str | None) -> dict[str, Any]:
         """Which pushes of a worker the session still knows, for one whose history was cut."""
@@ -417,9 +417,7 @@ class Session:
         if isinstance(fate, Contributed) and fate.reason is None:
             await self.rounds.wait(fate.round, wait_s)
             self.check_alive()
-            known = self.ledger.find(*key)
-            assert known is not None
-            fate = known.summary
+            fate = contributions.fate_of(self, fate, *key)
         if isinstance(fate, Contributed) and fate.reason is not None:
             raise contributions.abandoned(self, fate, *key)
         return fate
@@ -459,11 +457,15 @@ class Session:
             Whether it was known.
         """
         self.check_alive()
-        known = self.members.leave(worker) or self.ledger.standing(worker) is not None
-        if known:
-            self.ledger.retire(worker)
-            await self.tick()
-        return known
+
+        def program() -> Program[bool]:  # in the lane: no push of it may be half admitted
+            known = self.members.leave(worker) or self.ledger.standing(worker) is not None
+            if known:
+                self.ledger.retire(worker)
+                yield from contributions.settle(self)
+            return known
+
+        return await self.lane.run(program())
 
     async def tick(self) -> None:
         """Closes what is due: leases that ran out, and the round that waits for nobody else."""
