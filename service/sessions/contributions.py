@@ -82,7 +82,8 @@ def decide(
     Returns:
         What became of the first admission, if this is a repeat.
     """
-    control, arena, rules = gradient.control, session.ready, session.spec.update
+    control, arena, begun = gradient.control, session.ready, session.rounds.open
+    rules = session.spec.update if begun is None else begun.rules
     assert control.key is not None
     known = session.ledger.find(*control.key)
     if known is not None:
@@ -215,8 +216,8 @@ def take(
         found.add(one)
         session.ledger.record(one.worker, one.sequence, one.digest, Contributed(found.number))
         session.members.pushed(one.worker, 0, passes=not one.counts)
+        session.members.late_by(one.worker, one.lateness_s)
         if not begins:
-            session.members.late_by(one.worker, one.lateness_s)
             session.shared.metrics.observe_lateness(one.lateness_s)
     except BaseException as error:
         session.broken = f"{type(error).__name__} in round {session.rounds.number}"

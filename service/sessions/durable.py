@@ -301,6 +301,8 @@ class Durable:
             now > was for now, was in zip(ring.free(), lacking, strict=True)
         ):
             queue.start()
+        elif self.is_due and self.trouble is None:  # that snapshot had copied an earlier state
+            self.make_room(is_full=True)
         else:
             queue.refuse(self.full())
 

@@ -89,7 +89,7 @@ def test_a_push_that_does_not_wait(server):
     with pytest.raises(errors.AlreadyContributed) as caught:
         one.push(GRADS, wait=False)
     assert caught.value.round == 1
-    with pytest.raises(DeadlineExceeded, match="still open"):
+    with pytest.raises(DeadlineExceeded):
         one.wait(sent, deadline_s=0.2)
     with pytest.raises(errors.OverridesDiffer):
         two.push(GRADS, overrides={"default": {"lr": 0.5}})
@@ -156,12 +156,13 @@ def test_asynchronous_sessions_join_only_if_asked(server):
     with pytest.raises(StaleGradient):
         two.push(GRADS)
     two.pull()
+    assert two.push(GRADS).step == 2
     two.close()
-    assert live(one) == {one.worker}  # by its push
+    assert two.worker not in live(one)
     gone = Session.attach(server, two.id)
     gone.worker = two.worker
     with pytest.raises(errors.WorkerRetired):
-        gone.push(GRADS, base_version=(1, 2))
+        gone.push(GRADS, base_version=(1, 3))
 
 
 def test_a_lease_that_lapsed_is_taken_again(server):

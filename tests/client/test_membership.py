@@ -58,7 +58,7 @@ def methods(transport):
 
 
 def renewing():
-    return [one for one in threading.enumerate() if one.name == "gradpost-lease"]
+    return {one for one in threading.enumerate() if one.name == "gradpost-lease"}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,8 @@ def test_who_joins(update, join, joins, attach):
     fake = Fake()
     session = Session.create(fake, "m", params=PARAMS, rule="sgd", update=update, join=join)
     if attach:
+        session.close()
+        fake.sent.clear()
         session = Session.attach(fake, "m", join=join, worker="late")
         assert session.worker.startswith("late-")
     assert (session.worker in fake.live) is joins
@@ -89,13 +91,13 @@ def test_who_joins(update, join, joins, attach):
 
 
 def test_a_session_that_fails_to_join_is_closed():
-    fake = Fake()
+    fake, before = Fake(), renewing()
     with fake.lose("PUT", "/workers/", TransportError("no")), pytest.raises(DeadlineExceeded):
         Session.create(
             fake, "m", params=PARAMS, rule="sgd", update=SYNC,
             policy=RetryPolicy(deadline_s=0.01, base_s=0.001),
         )  # fmt: skip
-    assert not renewing()
+    assert renewing() <= before
 
 
 def test_it_renews_until_it_is_closed():
@@ -105,10 +107,11 @@ def test_it_renews_until_it_is_closed():
     transport.reach(4)
     assert {one.path for one in transport.sent} == {"/v1/sessions/m/workers/w"}
     assert {one.body for one in transport.sent} == {b""}
-    (thread,) = renewing()
+    thread, before = place._thread, renewing()
     assert thread.daemon
     place.join()  # once more is a renewal, not another thread
-    assert renewing() == [thread]
+    assert place._thread is thread
+    assert renewing() <= before
     place.leave()
     assert not thread.is_alive()
     count = len(transport.sent)
@@ -146,9 +149,8 @@ def test_a_place_that_is_gone_for_good_is_renewed_no_more(status, slug, caplog):
     transport = Counting(lambda: joined(0.003), lambda: problem(status, slug))
     place = member(transport)
     place.join()
-    if place._thread is not None:
-        place._thread.join(30)
-    assert not renewing()
+    place._thread.join(30)
+    assert not place._thread.is_alive()
     assert slug in caplog.text
     place.leave()
     assert methods(transport) == ["PUT", "PUT"]

@@ -19,6 +19,7 @@ from gradpost import (
     TransportError,
     errors,
 )
+from gradpost.compress import ErrorFeedback, topk
 from tests.client.fake import Fake
 from tests.client.scripted import SUMMARY, Clock, Scripted, answer, problem
 
@@ -294,6 +295,24 @@ def test_the_wait_fits_the_deadline():
 
 
 @pytest.mark.parametrize(
+    ("status", "left"), [("applied", [1.0] * 7 + [0.0]), ("abandoned", [0.0] * 8)]
+)
+def test_what_compression_lost_counts_once_the_round_is_closed(status, left):
+    clock = Clock()
+    times = RetryPolicy(sleep=clock.sleep, clock=clock)
+    with Session(Scripted(None), "m", policy=times, compress=ErrorFeedback(topk(1))) as session:
+        session.version = (1, 6)
+        session.compress.load({"w": np.zeros(8, np.float32)})
+        transport = session._calls._transport
+        transport.script = [received(), lambda: seen(session, status, reason="timeout")]
+        try:
+            session.push({"w": np.float32([1, 1, 1, 1, 1, 1, 1, 2])})
+        except RoundAbandoned:
+            assert status == "abandoned"
+        assert session.compress.state()["w"].tolist() == left
+
+
+@pytest.mark.parametrize(
     "unclear",
     [
         lambda session: problem(404, "round-unknown"),
@@ -312,6 +331,14 @@ def test_where_the_round_can_not_tell_the_push_is_repeated(unclear):
         assert session.push(GRADS).replayed
         post, _, again = transport.sent
         assert (post.path, post.body) == (again.path, again.body)
+
+
+def test_the_members_of_a_round_may_be_forgotten():
+    with scripted(None) as session:
+        transport = session._calls._transport
+        transport.script = [received(), lambda: seen(session, members=None)]
+        assert session.push(GRADS).round == 7
+        assert len(transport.sent) == 2
 
 
 def test_where_the_server_never_tells_there_is_a_deadline():

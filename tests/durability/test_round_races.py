@@ -1,4 +1,4 @@
-"""What comes in the middle of a contribution or a round: leaving, deleting, PATCH, other kernels."""
+"""What comes in the middle of a round: leaving, deleting, PATCHes, other kernels."""
 
 import time
 

@@ -147,9 +147,9 @@ class Rounds:
 def _fate(found: Mapping[str, Any], mine: Contribution) -> Summary:
     """What became of a contribution to a closed round."""
     ours = {"worker": mine.worker, "sequence": mine.sequence}
-    members = found["members"] or ()  # of old rounds they are forgotten
-    same = _is(found.get("base_version"), mine.base_version) and any(
-        ours.items() <= one.items() for one in members
+    members = found["members"]  # forgotten over a restart, which only what came in order survives
+    same = _is(found.get("base_version"), mine.base_version) and (
+        members is None or any(ours.items() <= one.items() for one in members)
     )
     summary = found.get("summary")
     where = {name: found.get(name) for name in ("epoch", "version", "step")}

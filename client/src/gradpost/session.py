@@ -411,7 +411,7 @@ class Session(Described):
 
         Args:
             base_version: As for `push`.
-            overrides: As for `push`.
+            overrides: Those of the other pushes: all to a round have the same, passes too.
             deadline_s: As for `push`.
 
         Returns:
