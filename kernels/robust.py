@@ -15,6 +15,8 @@ from kernels.convert import stored
 
 Array = npt.NDArray[Any]
 BLOCK: Final = 1 << 16
+SCRATCH: Final = 1 << 22
+"""Elements that the contributions of one block may take together: 32 MiB of each thread."""
 _HALF: Final = np.dtype(np.float16)
 
 
@@ -110,9 +112,10 @@ def _sorted(
     if not 0 <= lo <= hi <= min(out.size, *(flat.size for flat in flats)):
         raise ValueError(f"bounds {lo}:{hi} of {out.size}")
     pairs = network(len(held))
-    spare = np.empty(min(BLOCK, hi - lo))
-    for start in range(lo, hi, BLOCK):
-        end = min(start + BLOCK, hi)
+    size = max(1024, min(BLOCK, SCRATCH // len(held)))
+    spare = np.empty(min(size, hi - lo))
+    for start in range(lo, hi, size):
+        end = min(start + size, hi)
         rows = [
             _wide(flat[start:end], one.dtype) * one.factor
             for flat, one in zip(flats, held, strict=True)

@@ -11,7 +11,7 @@ from service.errors import RoundUnknown
 from service.routes.documents import PREFER, SESSION, refusals
 from service.schemas import RoundAnswer, parse_count, parse_prefer
 from service.sessions.records import Contribution
-from service.sessions.rounds import KEPT, Closed
+from service.sessions.rounds import KEPT, Closed, Part
 from service.sessions.session import Session
 
 router = APIRouter(prefix="/v1/sessions", tags=["rounds"])
@@ -96,7 +96,7 @@ def _closed(one: Closed) -> dict[str, Any]:
     }
 
 
-def _members(contributions: Iterable[Contribution]) -> list[dict[str, Any]]:
+def _members(contributions: Iterable[Contribution | Part]) -> list[dict[str, Any]]:
     return [
         {
             "worker": one.worker,

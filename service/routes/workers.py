@@ -11,7 +11,7 @@ from service.routes.documents import SESSION, body, refusals
 from service.schemas import WorkerAnswer, WorkerList, check_worker
 from service.schemas.refusals import invalid
 from service.sessions.contributions import told
-from service.sessions.ledger import Contributed, Fate, Known
+from service.sessions.ledger import Contributed, Fate
 from service.sessions.members import Member, Tally
 from service.sessions.session import Session, ranges
 
@@ -23,7 +23,7 @@ _NEW = {"Cache-Control": "no-store"}
 
 
 def brief(
-    session: Session, name: str, member: Member | None, known: Known | None
+    session: Session, name: str, member: Member | None, known: tuple[int, float] | None
 ) -> dict[str, Any]:
     """A worker as a list has it."""
     found = session.rounds.open
@@ -35,9 +35,9 @@ def brief(
         "lease_s": None if member is None else one.lease_s,
         "lease_left_s": session.members.left_s(one),
         "joined_at": None if member is None else one.joined_at,
-        "next_sequence": 0 if known is None else known.highest + 1,
-        "highest": -1 if known is None else known.highest,
-        "seen_at": None if known is None else known.seen_at,
+        "next_sequence": 0 if known is None else known[0] + 1,
+        "highest": -1 if known is None else known[0],
+        "seen_at": None if known is None else known[1],
         "clock": one.clock if mode == "bounded" else None,
         "contributed": found is not None and name in found.contributions,
         "contributions": one.pushes,
@@ -58,7 +58,7 @@ def whole(session: Session, name: str) -> dict[str, Any]:
     admitted = {} if known is None else known.admitted
     last = None if not admitted else _last(session, admitted[max(admitted)].summary)
     return {
-        **brief(session, name, session.members.get(name), known),
+        **brief(session, name, session.members.get(name), session.ledger.glance(name)),
         "epoch": session.epoch,
         "version": session.version,
         "step": session.step,
@@ -87,7 +87,7 @@ async def every(id: str, request: Request) -> Response:
     session.check_alive()
     session.members.lapse()
     members = sorted(session.members.all(), key=lambda one: one.name)
-    rows = [brief(session, one.name, one, session.ledger.standing(one.name)) for one in members]
+    rows = [brief(session, one.name, one, session.ledger.glance(one.name)) for one in members]
     found = {"workers": rows, "live": sum(one.live for one in members)}
     return JSONResponse(found, headers=_NEW)
 

@@ -141,7 +141,7 @@ class RoundAnswer(BaseModel):
     passes: int
     missing: int = Field(description="Workers that it waits for; 0 when it is over.")
     members: list[RoundMember] | None = Field(
-        description="In order of arrival; null if the server was restarted since."
+        description="In order of arrival; null if the server was restarted since, or 64 rounds ago."
     )
     opened_at: float | None = Field(description="Of the first contribution; seconds since 1970.")
     closed_at: float | None

@@ -119,7 +119,7 @@ def decide(
             pushes.refuse_nonfinite(session, arena, terms, gradient)
             norm, skipped, weight = None, "nonfinite", 0.0
         else:
-            shrunk = _within(rules, norm)
+            shrunk = _within(rules, norm * (weight if rules.reduce == "sum" else 1.0))
             norm = norm if math.isfinite(norm) else None
     sign = -1.0 if session.spec.push == "delta" else 1.0
     now = time.time()
@@ -135,6 +135,10 @@ def decide(
 
 def _within(rules: Update, norm: float) -> float:
     """What a contribution is multiplied by, so that its norm is within the session's bound.
+
+    Args:
+        rules: Of the round.
+        norm: Of the contribution; in a sum, times its weight.
 
     Raises:
         NormExceeded: It is not, and such contributions are refused.

@@ -256,6 +256,15 @@ class Ledger:
             admitted = {number: done for number, done in one.admitted.items() if number > floor}
             return Known(worker, one.highest, one.seen_at + offset, admitted)
 
+    def glance(self, worker: str) -> tuple[int, float] | None:
+        """The highest number of a worker and when it was seen, as `standing` has them."""
+        offset = time.time() - self._clock()
+        with self._lock:
+            one = self._workers.get(worker)
+            if one is None or self._expired(one):
+                return None
+            return one.highest, one.seen_at + offset
+
     def size(self) -> int:
         """Numbers that are remembered, over all workers."""
         return sum(len(worker.admitted) for worker in self._workers.values())

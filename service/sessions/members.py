@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -245,10 +245,24 @@ class Members:
 
     def is_ahead(self, name: str, slack: int) -> bool:
         """Whether a worker is more than `slack` pushes ahead of the slowest live one."""
+        one, slowest = self._all.get(name), self.slowest()
+        return one is not None and slowest is not None and one.clock > slowest + slack
+
+    def slowest(self) -> int | None:
+        """The clock of the slowest live worker; None if there is none."""
         with self._lock:
-            one = self._all.get(name)
-            clocks = [other.clock for other in self._all.values() if other.live]
-        return one is not None and bool(clocks) and one.clock > min(clocks) + slack
+            return min((one.clock for one in self._all.values() if one.live), default=None)
+
+    def level(self) -> None:
+        """Lets all begin alike: a log tells who pushed, not who joined or whose lease ran out."""
+        with self._lock:
+            for one in self._all.values():
+                one.clock = 0
+
+    def all_in(self, names: Container[str]) -> bool:
+        """Whether everyone whose lease holds is among these."""
+        with self._lock:
+            return all(one.name in names for one in self._all.values() if one.live)
 
     # Files
 

@@ -21,7 +21,7 @@ from service.errors import (
 from service.schemas import Spec, diff
 from service.sessions.durable import Durable
 from service.sessions.lane import stopping
-from service.sessions.session import Session, Shared, gone
+from service.sessions.session import Session, Shared, check_workers, gone
 from service.storage.checkpoints import owner_of
 from service.storage.failures import Damage
 
@@ -144,6 +144,7 @@ class Sessions:
                 "with GRADPOST_DATA_DIR, or create the session with durability none.",
                 durability=spec.durability,
             )
+        check_workers(spec, self.shared.settings)
         name = name or uuid.uuid4().hex
         before = self._ended.pop(name, 0)
         epoch = max(before, self._floor) + 1

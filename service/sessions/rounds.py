@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 KEPT = 1024
 """Closed rounds that can be asked for."""
 SAVED = 64
-"""Of those, how many a file keeps."""
+"""Of those, how many a file keeps, and of how many it is told who was in them."""
 
 
 class Held(NamedTuple):
@@ -93,8 +93,9 @@ class Open:
         """Why it is to be closed now; None if it is not."""
         if len(self.contributions) >= self.rules.closes_at:
             return "complete" if self.rules.closes_at == self.rules.workers else "quorum"
-        if self.rules.on_lost == "shrink" and not self.missing(members):
-            return "complete"
+        if self.rules.on_lost == "shrink" and members.ever >= (self.rules.workers or 0):
+            if members.all_in(self.contributions):
+                return "complete"
         return "timeout" if now >= self.ends else None
 
     def ended(
@@ -102,7 +103,10 @@ class Open:
         summary: Summary | None = None,
     ) -> "Closed":  # fmt: skip
         """What is remembered of it."""
-        members = tuple(self.contributions.values())
+        members = tuple(
+            Part(one.worker, one.sequence, one.weight, one.lateness_s)
+            for one in self.contributions.values()
+        )
         passes = len(members) - self.counted
         return Closed(
             self.number, status, reason, self.base, at, self.counted, passes, self.opened_at,
@@ -125,6 +129,15 @@ def missing(rules: Update, contributed: Container[str], members: Members) -> int
     return absent + max(0, (rules.workers or 0) - members.ever)
 
 
+class Part(NamedTuple):
+    """What is remembered of a contribution once its round is over."""
+
+    worker: str
+    sequence: int
+    weight: float
+    lateness_s: float
+
+
 class Closed(NamedTuple):
     """What became of a round.
 
@@ -138,7 +151,7 @@ class Closed(NamedTuple):
         passes: The others.
         opened_at: Seconds since 1970.
         closed_at: Likewise.
-        members: Who contributed what; None if a restart came since.
+        members: Who contributed what; None if a restart came since, or `SAVED` rounds.
         summary: What its update did.
     """
 
@@ -151,7 +164,7 @@ class Closed(NamedTuple):
     passes: int
     opened_at: float
     closed_at: float
-    members: Sequence[Contribution] | None
+    members: Sequence[Part] | None
     summary: Summary | None
 
 
@@ -236,13 +249,15 @@ class Rounds:
 
     def missing(self, rules: Update) -> int:
         """How many workers the open round waits for, or the next one under these rules."""
-        if self.open is None:
+        found = self.open  # read once: the lane may close it meanwhile
+        if found is None:
             return missing(rules, (), self._members)
-        return self.open.missing(self._members)
+        return found.missing(self._members)
 
     def deadline_in_s(self) -> float | None:
         """Seconds until the open round ends at the latest."""
-        return None if self.open is None else max(0.0, self.open.ends - self._clock())
+        found = self.open  # read once: the lane may close it meanwhile
+        return None if found is None else max(0.0, found.ends - self._clock())
 
     def close(
         self, status: str, reason: str, at: tuple[int, int, int], closed_at: float,
@@ -261,6 +276,9 @@ class Rounds:
         """Takes in a closed round."""
         self._closed[closed.number] = closed
         self.count = closed.number
+        old = self._closed.get(closed.number - SAVED)
+        if old is not None:  # of a thousand workers they are 150 kB
+            self._closed[old.number] = old._replace(members=None)
         if len(self._closed) > KEPT:
             self._closed.popitem(last=False)
 

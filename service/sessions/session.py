@@ -475,6 +475,7 @@ class Session:
 
     def resume(self) -> None:
         """After a recovery: ends the open round if it came back complete, else sets the alarm."""
+        self.members.level()
         if self.rounds.open is not None:
             self._due()
 
@@ -636,6 +637,7 @@ class Session:
                     revision=self.revision,
                 )
             spec = change(self.spec)
+            check_workers(spec, self.shared.settings)
             if self.arena is not None:
                 update.compile_all(self.arena, terms_of(spec), spec.dtype, norms=spec.norms)
             if spec != self.spec:
@@ -675,6 +677,7 @@ class Session:
                 await self.durable.delete(self.epoch)
             except DiskFull:
                 self.deleted = False
+                self._arm()  # the lane took it for deleted
                 raise
         await self.lane.run(self._free())
 
@@ -713,6 +716,20 @@ class Session:
             "state": sum(array.size for array in self.arena.state) * size,
             "gradient": one,
         }
+
+
+def check_workers(spec: Spec, settings: Settings) -> None:
+    """Refuses rounds of more workers than a session may know: none would ever be complete.
+
+    Raises:
+        InvalidRequest: So it is.
+    """
+    if (spec.update.workers or 0) > settings.max_workers:
+        raise invalid(
+            "update.workers",
+            f"This server knows at most {settings.max_workers} workers of a session "
+            "(GRADPOST_MAX_WORKERS).",
+        )
 
 
 def _let_go(gradient: Gradient, outcome: "asyncio.Future[Outcome]") -> None:

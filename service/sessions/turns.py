@@ -71,10 +71,12 @@ class Turns:
         if not self._waiters:
             return
         waiting, self._waiters = self._waiters, []
+        slowest = self._members.slowest()  # once: this is done after each push
         for waiter in waiting:
             if waiter.future.done():
                 continue
-            if self._members.is_ahead(waiter.worker, waiter.slack):
+            one = self._members.get(waiter.worker)
+            if one is not None and slowest is not None and one.clock > slowest + waiter.slack:
                 self._waiters.append(waiter)
             else:
                 waiter.future.set_result(None)

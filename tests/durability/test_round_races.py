@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from service.errors import DiskFull
 from service.sessions import contributions, image
 from tests.api.conftest import GRADS, PARAMS, flat
 from tests.api.test_rounds import SGD, SYNC, beside, contribute, make, moved, scaled
@@ -149,3 +150,31 @@ def test_an_open_round_outlives_an_upgrade_and_a_patch(start, monkeypatch):
     assert contribute(again, "b").json["lr"] == 0.5
     assert np.allclose(moved(again), 0.5 * flat(GRADS))
     again.close()
+
+
+def test_clocks_begin_alike_after_a_crash(start):
+    server = start()
+    server.make("m", optimizer=SGD, durability="log", update={"mode": "bounded", "slack": 2})
+    for sequence in range(1, 7):
+        contribute(server, "fast", sequence=sequence, wait=0)
+    contribute(server, "slow", sequence=1, wait=0)
+    again = server.crashed()
+    clocks = {one.name: one.clock for one in again.app.state.sessions.get("m").members.all()}
+    assert clocks == {"fast": 0, "slow": 0}
+    again.close()
+
+
+def test_a_deletion_that_finds_no_room_leaves_the_alarm_set(start):
+    server = start()
+    session = make(server, options={"durability": "log"}, round_timeout_s=0.6)
+    contribute(server, "a")
+    delete = session.durable.delete
+
+    async def full(epoch):
+        raise DiskFull("no room")
+
+    session.durable.delete = full
+    assert server.call("DELETE", "/v1/sessions/m").status == 507
+    session.durable.delete = delete
+    found = server.call("GET", "/v1/sessions/m/rounds/1", prefer="wait=2").json
+    assert (found["status"], found["reason"]) == ("applied", "timeout")
