@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 CODE := service kernels client/src scripts benchmarks examples tests
 LOCKS := requirements.lock requirements-dev.lock scripts/setup.sh client/pyproject.toml
 
-.PHONY: help serve demo test test-torch test-integrations lint format bench bench-quick crash digests \
+.PHONY: help serve demo test test-torch test-integrations lint format bench bench-quick crash soak digests \
 	renew-digests openapi lock lint-container container-check
 
 help: ## what there is
@@ -59,11 +59,15 @@ bench: $(TORCH)/.ready ## the same at length, beside torch
 	$(TORCH)/bin/python -m benchmarks.push_pull
 	$(TORCH)/bin/python -m benchmarks.durable_push
 	$(TORCH)/bin/python -m benchmarks.durable_session
+	$(TORCH)/bin/python -m benchmarks.rounds
 
 crash: $(VENV)/.ready ## 1,200 kills, 100,000 power cuts, 10,000 flipped bits; half an hour
 	$(PY) -m tests.crash.run --kills 1200
 	CRASH_SCALE=50 $(PY) -m pytest -q --timeout=0 tests/storage/test_crashes.py -k every_crash
 	CRASH_SCALE=12 $(PY) -m pytest -q --timeout=0 tests/storage/test_flips.py
+
+soak: $(VENV)/.ready ## 16 worker processes, killed at random, and a server, killed at random; a minute
+	$(PY) -m tests.crash.soak --seconds 60 --workers 16
 
 digests: $(VENV)/.ready ## every loop's digest under four processors, beside kernels/revision.py
 	$(PY) -m scripts.digests

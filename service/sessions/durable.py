@@ -283,6 +283,8 @@ class Durable:
         ring = self.journal.ring
         if is_full and ring is not None:
             self._lacking = ring.free()
+        elif not self.is_due:  # what fills it is an open round, which no snapshot frees
+            return
         if self._task is None:
             if self.trouble is not None and time.monotonic() - self.saved_at < PAUSE_S:
                 self._go_on(None)

@@ -44,6 +44,8 @@ def revive(shared: Shared, disk: Disk, pending: Pending) -> tuple[Session, bool]
         session = Session(found.row.id, loaded.spec, at.epoch, shared)
         session.at = at
         image.restore(session, loaded)
+        if at.epoch != loaded.facts.epoch:
+            session.rounds.begin_anew()
         _check_kernels(session, found)
         for record in found.records:
             _replay(session, record)

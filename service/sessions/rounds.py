@@ -23,6 +23,10 @@ SAVED = 64
 """Of those, how many a file keeps, and of how many it is told who was in them."""
 
 
+GAP = 1_000_000
+"""Numbers that are left out where rounds may be lost: more than there are between two snapshots."""
+
+
 class Held(NamedTuple):
     """A contribution that is kept until its round is closed."""
 
@@ -335,6 +339,10 @@ class Rounds:
     def kept(self) -> list[Closed]:
         """The last closed rounds, without their members."""
         return [one._replace(members=None) for one in list(self._closed.values())[-SAVED:]]
+
+    def begin_anew(self) -> None:
+        """Leaves out numbers that rounds may have had that are lost, and that workers may know."""
+        self.count += GAP
 
     def restore(self, count: int, closed: Sequence[Closed]) -> None:
         """Takes up what a file kept."""

@@ -12,21 +12,60 @@ from typing import NamedTuple
 
 from service.storage import check as fsck
 from tests.crash import promises
+from tests.crash.contributor import Contributor, Leader
 from tests.crash.door import Door
 from tests.crash.history import History, Kill, views
 from tests.crash.inspection import inspect
-from tests.crash.models import MODELS
+from tests.crash.models import IN_ROUNDS, MODELS
 from tests.crash.owner import Owner
 from tests.crash.points import START, STOP
-from tests.crash.promises import LOST, Violation
 from tests.crash.reference import Reference
+from tests.crash.violation import LOST, Violation
 from tests.crash.wire import Lost
 from tests.crash.workload import Worker
 
 WORKERS = 8
+TEAMS = (3, 3, 2, 2)
 LONGEST_S = 3.0
 """A run that does not come to its point by then is killed wherever it is."""
 RANDOM = "random"
+
+
+def everyone(models, *others):
+    """Workers who train all sessions; some own one."""
+    return [
+        Owner(models[index], "log", index, *others) if index < len(models)
+        else Worker(index, *others)
+        for index in range(WORKERS)
+    ]  # fmt: skip
+
+
+def teams(models, *others):
+    """For each session some workers who train it alone; the first of them owns it."""
+    found = []
+    for model, size in zip(models, TEAMS, strict=True):
+        for number in range(size):
+            args = len(found), others[0], (model,), *others[2:]
+            found.append(Contributor(*args) if number else Leader(model, "log", *args))
+    return found
+
+
+class Cast(NamedTuple):
+    """What is trained, and by whom.
+
+    Attributes:
+        models: The sessions.
+        size: How many workers there are.
+        hire: Makes them, of the models and whatever a worker takes behind its index.
+    """
+
+    models: tuple
+    size: int
+    hire: object
+
+
+ASYNC = Cast(MODELS, WORKERS, everyone)
+ROUNDS = Cast(IN_ROUNDS, sum(TEAMS), teams)
 
 
 class Report(NamedTuple):
@@ -55,17 +94,17 @@ class Campaign:
         folder: The data folder.
         plan: Learns which points were passed.
         seed: Of the workload.
-        models: The sessions.
+        cast: Sessions and workers.
         options: For every victim.
     """
 
-    def __init__(self, fleet, folder, plan, seed, models=MODELS, **options):
+    def __init__(self, fleet, folder, plan, seed, cast=ASYNC, **options):
         self.history = History()
         self._fleet = fleet
         self._folder = folder
         self._plan = plan
         self._rng = random.Random(f"campaign {seed}")
-        self._models = models
+        self._models = cast.models
         self._options = options
         self._before = None
         self._made = False
@@ -73,13 +112,8 @@ class Campaign:
         self._began = time.monotonic()
         self.violations = []
         """What was seen at once; the history tells the rest at the end."""
-        self._door = Door(WORKERS)
-        others = seed, models, self._door, self.history
-        self._workers = [
-            Owner(models[index], "log", index, *others) if index < len(models)
-            else Worker(index, *others)
-            for index in range(WORKERS)
-        ]  # fmt: skip
+        self._door = Door(cast.size)
+        self._workers = cast.hire(cast.models, seed, cast.models, self._door, self.history)
         for worker in self._workers:
             worker.start()
 
@@ -147,8 +181,7 @@ class Campaign:
             self._wrong(f"{one['what']} ({one['where']})", one["session"], "damaged")
         damaged = {one["session"] for one in server.health.get("damaged", ())}
         models = [model for model in self._models if model.name not in damaged]
-        names = [worker.name for worker in self._workers]
-        inspect(server.port, models, names, self.history)
+        inspect(server.port, models, self._workers, self.history)
 
     def _wrong(self, text, session="", check="check"):
         self.violations.append(Violation(LOST, check, session, time.monotonic(), text))

@@ -32,8 +32,8 @@ class Fleet:
     def __init__(self, folder):
         self._folder = folder
         self._log = folder / "victims.log"
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.crash.preload"])
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tests.crash.preload"])
         self._running = []
         self._numbers = count()
 
@@ -58,8 +58,8 @@ class Fleet:
         for name, value in given.items():
             if value is not None:
                 arguments += [f"--{name.replace('_', '-')}", str(value)]
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(
             target=victim.child, args=(arguments, str(self._log), theirs), daemon=True
         )
         with clean_environment():

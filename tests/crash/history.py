@@ -64,6 +64,38 @@ class Patch(NamedTuple):
     status: int | None = None
 
 
+class Round(NamedTuple):
+    """What the server says of a round; `status` is "unknown" where it knows none of this number.
+
+    `place` and `step` are those of the session after it. `members` are (worker, sequence, weight),
+    None where the server has forgotten them.
+    """
+
+    session: str
+    incarnation: str
+    invoked: float
+    returned: float
+    number: int
+    status: str
+    reason: str | None = None
+    base: tuple = (0, 0)
+    place: tuple = (0, 0)
+    step: int = 0
+    contributions: int = 0
+    passes: int = 0
+    members: tuple | None = None
+    summary: dict | None = None
+
+
+class Left(NamedTuple):
+    """A worker is about to leave, for good."""
+
+    session: str
+    incarnation: str
+    invoked: float
+    worker: str
+
+
 class Upload(NamedTuple):
     """An upload of parameters until it was settled; `taken` is the epoch that it began, if any."""
 
@@ -118,13 +150,24 @@ class Kill(NamedTuple):
 
 
 class Fate:
-    """All attempts of one key."""
+    """All attempts of one key.
+
+    Attributes:
+        sent: When its first whole attempt began.
+        acked: When the first answer was there by which its number is used: it was applied, or has
+            joined a round.
+        told: When the first answer was there that said what it did.
+        answers: Those.
+        joined: Answers that said only in which round it is, or was.
+    """
 
     def __init__(self, key):
         self.key = key
         self.sent = NEVER
         self.acked = NEVER
+        self.told = NEVER
         self.answers = []
+        self.joined = []
         self.unknown = 0
         self.attempts = []
         self.ended = False
@@ -136,7 +179,11 @@ class Fate:
             self.unknown += unsettled(push.status)
         if push.status == 200:
             self.acked = min(self.acked, push.returned)
+            self.told = min(self.told, push.returned)
             self.answers.append(push)
+        elif push.status == 202 or push.slug == "round-abandoned":
+            self.acked = min(self.acked, push.returned)
+            self.joined.append(push)
 
     @property
     def summary(self):
@@ -149,7 +196,7 @@ class Fate:
     @property
     def open(self):
         """Whether nobody knows if it was applied."""
-        if self.answers or not self.unknown:
+        if self.answers or self.joined or not self.unknown:
             return False
         # Replays come before all refusals, so after an epoch-changed no earlier attempt counts;
         # but the next incarnation, which knows nothing, says the same.
@@ -167,7 +214,13 @@ class Fate:
     @property
     def never(self):
         """Whether it is known that it was not applied."""
-        return not self.answers and not self.open
+        return not self.answers and not self.joined and not self.open
+
+    @property
+    def round(self):
+        """The round that it was told to be in; None: of none."""
+        told = [one.summary.get("round") for one in (*self.answers, *self.joined)]
+        return told[0] if told else None
 
 
 def unsettled(status):
@@ -175,8 +228,20 @@ def unsettled(status):
     return status is None or status >= 500
 
 
+def passing(push):
+    """Whether an answer says no more than to ask again."""
+    return push.status in (408, 429, 500, 503) or push.slug == "in-flight"
+
+
 def place_of(summary):
     return summary["epoch"], summary["version"]
+
+
+def bare(summary):
+    """A summary as it is in every answer to one key."""
+    if summary is None:
+        return None
+    return {name: value for name, value in summary.items() if name not in ("replayed", "ahead")}
 
 
 class History:
@@ -184,6 +249,9 @@ class History:
 
     def __init__(self):
         self.events = []
+
+    def begin(self, attempt):
+        """Takes note of a push that is about to be sent, for who may not live to see its answer."""
 
     def add(self, event):
         self.events.append(event)
@@ -203,7 +271,14 @@ class View(NamedTuple):
     uploads: list
     standings: list
     life: Life | None
+    rounds: list
+    left: dict
     ended: bool = False
+
+    @property
+    def in_rounds(self):
+        """Whether its pushes join rounds."""
+        return bool(self.rounds) or any(fate.round is not None for fate in self.fates.values())
 
     @property
     def applied(self):
@@ -218,7 +293,7 @@ def views(history):
     def view(event):
         name = event.session, event.incarnation
         if name not in found:
-            found[name] = View(*name, {}, [], [], [], [], None)
+            found[name] = View(*name, {}, [], [], [], [], None, [], {})
         return found[name]
 
     for event in history.events:
@@ -236,6 +311,10 @@ def views(history):
                 view(event).uploads.append(event)
             case Standing():
                 view(event).standings.append(event)
+            case Round():
+                view(event).rounds.append(event)
+            case Left():
+                view(event).left.setdefault(event.worker, event)
             case Life(created=True):
                 found[event.session, event.incarnation] = view(event)._replace(life=event)
             case Life(created=False):

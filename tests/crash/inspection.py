@@ -2,10 +2,13 @@
 
 import time
 
+from tests.crash.contributor import seen_round
 from tests.crash.history import Gone, Pull, Standing
 from tests.crash.models import tensors_of
 from tests.crash.wire import Connection
 from tests.crash.workload import RAW, SAFE, digest
+
+ROUNDS = 16
 
 
 def inspect(port, models, workers, history, *, standings=True):
@@ -14,13 +17,15 @@ def inspect(port, models, workers, history, *, standings=True):
     Args:
         port: Of the server.
         models: Which sessions to look at.
-        workers: Names.
+        workers: Who train.
         history: Where it is written down.
         standings: Ask for the workers too.
     """
     with Connection(port) as connection:
         for model in models:
-            _inspect(connection, model, workers if standings else (), history)
+            mine = [one for one in workers if model in one.models] if standings else ()
+            names = [name for one in mine for name in one.names]
+            _inspect(connection, model, names, history)
 
 
 def _inspect(connection, model, workers, history):
@@ -49,9 +54,13 @@ def _inspect(connection, model, workers, history):
     if "ema" in model.spec:
         found = connection.ask("GET", f"{path}/params?of=ema", accept=RAW)
         history.add(seen._replace(what="ema", digest=digest(found.body)))
+    if model.mode == "sync":
+        _inspect_rounds(connection, path, seen, history)
     for worker in workers:
         invoked = time.monotonic()
         answer = connection.ask("GET", f"{path}/workers/{worker}")
+        if answer.slug == "worker-retired":
+            continue
         told = {"highest": None, "ranges": [], "last": None}  # it never pushed
         if answer.status != 404:
             assert answer.status == 200, answer
@@ -60,6 +69,21 @@ def _inspect(connection, model, workers, history):
             Standing(
                 model.name, seen.incarnation, invoked, time.monotonic(), worker, told["highest"],
                 tuple(map(tuple, told["ranges"])), told["last"],
+            )
+        )  # fmt: skip
+
+
+def _inspect_rounds(connection, path, seen, history):
+    """The last rounds: a log has more of them than a snapshot."""
+    unknown = connection.ask("GET", f"{path}/rounds/{1 << 62}")
+    assert unknown.slug == "round-unknown", unknown
+    last = unknown.json["round"]
+    for number in range(max(1, last - ROUNDS), last + 1):
+        invoked = time.monotonic()
+        answer = connection.ask("GET", f"{path}/rounds/{number}")
+        history.add(
+            seen_round(
+                seen.session, seen.incarnation, invoked, time.monotonic(), number, answer
             )
         )  # fmt: skip
 

@@ -25,6 +25,8 @@ class Model(NamedTuple):
         tensors: Name and shape of each, in the order of the flat vector.
         named: Pushes name their tensors, and some leave some out.
         ends: It is deleted and created anew all the time.
+        weights: Of contributions, where there are rounds; each is the weight of as many keys. Few
+            bits, so that a weight times a gradient is exact in float64.
     """
 
     name: str
@@ -32,10 +34,19 @@ class Model(NamedTuple):
     tensors: tuple
     named: bool = False
     ends: bool = False
+    weights: tuple = (1.0,)
 
     @property
     def dtype(self):
         return self.spec.get("dtype", "F32")
+
+    @property
+    def mode(self):
+        return self.update.get("mode", "async")
+
+    @property
+    def update(self):
+        return self.spec.get("update", {})
 
     @property
     def lr(self):
@@ -54,8 +65,24 @@ class Model(NamedTuple):
         rng = np.random.default_rng([zlib.crc32(self.name.encode()), mark])
         return {name: rng.normal(0.0, 1.0, shape).tolist() for name, shape in self.tensors}
 
+    def weight(self, worker, sequence):
+        """Of a key; 0: it is a pass."""
+        return self.weights[zlib.crc32(f"{worker} {sequence}".encode()) % len(self.weights)]
+
     def push(self, worker, sequence):
-        """The gradient of a key."""
+        """The body of a key's push."""
+        if self.weight(worker, sequence) == 0:
+            return Body(None, b"")
+        return self.body(self.gradient(worker, sequence))
+
+    def body(self, parts):
+        """Tensors, of which only those of a model that names them may lack some, as a body."""
+        if self.named:
+            return safetensors(parts)
+        return Body(RAW.format(parts[0][1]), b"".join(data for *_, data in parts))
+
+    def gradient(self, worker, sequence):
+        """The gradient of a key: (name, dtype, shape, bytes) of each tensor."""
         seed = zlib.crc32(f"{self.name} {worker}".encode())
         rng = np.random.default_rng([seed, sequence])
         dtype = "BF16" if rng.random() < 0.1 else self.dtype
@@ -65,10 +92,7 @@ class Model(NamedTuple):
         if self.named and rng.random() < 0.3:
             keep = 1 + rng.integers(len(chosen) - 1)
             chosen = [chosen[at] for at in sorted(rng.permutation(len(chosen))[:keep])]
-        parts = [(name, dtype, shape, numbers(rng, shape, dtype, 0.5)) for name, shape in chosen]
-        if self.named:
-            return safetensors(parts)
-        return Body(RAW.format(dtype), b"".join(data for *_, data in parts))
+        return [(name, dtype, shape, numbers(rng, shape, dtype, 0.5)) for name, shape in chosen]
 
 
 MODELS = (
@@ -98,6 +122,50 @@ MODELS = (
         ends=True,
     ),
 )
+SYNC = {"mode": "sync", "lease_s": 1.0}
+ARRIVAL = Model(
+    "arrival",
+    {
+        "optimizer": {"rule": "adam", "lr": 0.01}, "clip": {"global_norm": 9.0}, "log_slots": 16,
+        "update": {**SYNC, "workers": 3, "min_contributions": 2, "round_timeout_s": 0.15},
+    },
+    (("w", (50, 20)), ("b", (10,))),
+    weights=(0.0, 0.5, 1.0, 1.0, 2.0, 3.0, 1.0, 2.0),
+)  # fmt: skip
+"""Rounds that nobody's absence holds up: they shrink, and time out or are abandoned."""
+WORKER = Model(
+    "worker",
+    {
+        "optimizer": {"rule": "sgd", "lr": 0.1, "momentum": 0.9}, "missing": "skip",
+        "log_slots": 16,
+        "update": {**SYNC, "workers": 3, "quorum": 2, "round_timeout_s": 0.2, "order": "worker",
+                   "max_norm": 8.3},
+    },
+    (("in", (8, 16)), ("out", (16, 3)), ("in.bias", (16,)), ("out.bias", (3,))),
+    named=True,
+    weights=(1.0, 0.5, 2.0),
+)  # fmt: skip
+"""Rounds that two of three workers close: the third is late."""
+MEDIAN = Model(
+    "median",
+    {
+        "optimizer": {"rule": "rmsprop", "lr": 0.001}, "dtype": "F64", "log_slots": 12,
+        "update": {**SYNC, "workers": 2, "min_contributions": 2, "round_timeout_s": 0.1,
+                   "reduce": "median", "on_lost": "wait"},
+    },
+    (("w", (7,)), ("b", (3,))),
+    weights=(0.0, 1.0),
+)  # fmt: skip
+"""Half of the contributions are passes, and so some rounds are skipped."""
+BOUNDED = Model(
+    "bounded",
+    {
+        "optimizer": {"rule": "adam", "lr": 0.01}, "log_slots": 6,
+        "update": {"mode": "bounded", "slack": 1, "lease_s": 1.0},
+    },
+    (("w", (40, 30)), ("b", (10,))),
+)  # fmt: skip
+IN_ROUNDS = (ARRIVAL, WORKER, MEDIAN, BOUNDED)
 
 
 def numbers(rng, shape, dtype, scale):

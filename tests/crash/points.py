@@ -3,6 +3,12 @@
 `phase:call.where.moment`, e.g. `run:fdatasync.RING_COMMIT.before`. The phase is `start` until the
 server is ready, `stop` once it was asked to end, else `run`. Every passing is counted, and at the
 N-th of one place the process kills itself: no `finally`, no buffer, no goodbye.
+
+A record of a round has a place of its own, which says what the record is, and so has its sync. So
+between two contributions lies `fdatasync.RING_COMMIT-contribution.after`, which is passed before
+the contribution is taken; between the last one and the end of its round
+`pwrite.ring-applied.before`; between that end and the update `fdatasync.RING_COMMIT-applied.after`;
+between the update and the answers `answer.round.before`.
 """
 
 import contextlib
@@ -12,8 +18,11 @@ import signal
 import threading
 from collections import Counter
 
+from service.errors import ServiceError
+from service.sessions.durable import IN_META
+from service.sessions.records import unpack_close
 from service.storage.files import Calls, Sync
-from service.storage.header import PAGE
+from service.storage.header import PAGE, Header, Kind, parse
 
 START, RUN, STOP = "start", "run", "stop"
 
@@ -76,6 +85,7 @@ class KillingCalls(Calls):
         self._points = points
         self._root = root
         self._kinds = {}
+        self._parts = {}
         self._forget = forget
         self._pages = 0
 
@@ -103,6 +113,7 @@ class KillingCalls(Calls):
 
     def close(self, fd):
         self._kinds.pop(fd, None)
+        self._parts.pop(fd, None)
         super().close(fd)
 
     def pwrite(self, fd, data, offset):
@@ -113,6 +124,8 @@ class KillingCalls(Calls):
             self._pages += 1
             if self._forgets:
                 return len(data)
+            part = self._parts[fd] = part_of(data)
+            where = f"ring-{part}" if part else where
         with self._around("pwrite", where):
             half = max(len(data) // 2 - 1, 1)  # of a sector too
             self._points.at(
@@ -129,7 +142,8 @@ class KillingCalls(Calls):
             super().truncate(fd, size)
 
     def fdatasync(self, fd, site):
-        with self._around("fdatasync", site.name):
+        part = self._parts.get(fd) if site is Sync.RING_COMMIT else None
+        with self._around("fdatasync", f"{site.name}-{part}" if part else site.name):
             super().fdatasync(fd, site)
 
     def fsync(self, fd, site):
@@ -187,8 +201,33 @@ def kind_of(root, path):
     return f"{top}-{'draft' if not stem else len(rest)}"
 
 
+def part_of(page):
+    """What the record of a page is in a round: `contribution`, or how it ended; None: nothing."""
+    header = parse(page)
+    if not isinstance(header, Header):
+        return None
+    if header.kind is Kind.CONTRIBUTION:
+        return "contribution"
+    if header.kind is Kind.ROUND_CLOSE and header.meta[:1] == IN_META:
+        return unpack_close(header.meta[1:]).status
+    return None
+
+
+PARTS = ("contribution", "applied", "skipped", "abandoned")
+ROUND_POINTS = (
+    *(f"{RUN}:pwrite.ring-{part}.{at}" for part in PARTS for at in ("before", "torn", "after")),
+    *(f"{RUN}:fdatasync.RING_COMMIT-{part}.{at}" for part in PARTS for at in ("before", "after")),
+    *(
+        f"{RUN}:answer.{call}.{at}"
+        for call in ("contribution", "round", "rounds", "bounded", "leave")
+        for at in ("before", "half", "after")
+    ),
+)
+"""Where rounds are made, and told of, while all is well."""
 CALLS = {
     ("POST", "steps"): "steps",
+    ("GET", "rounds"): "rounds",
+    ("DELETE", "workers"): "leave",
     ("PUT", "params"): "params",
     ("PATCH", ""): "patch",
     ("PUT", ""): "create",
@@ -199,7 +238,8 @@ CALLS = {
 class Answering:
     """The application, with places around each answer that says that something was done.
 
-    `half` lies between the head of an answer and its body.
+    `half` lies between the head of an answer and its body. A push is `steps`; in a session with
+    rounds `contribution` if its round is open, and `round` if it is over; or `bounded`.
 
     Args:
         app: The application.
@@ -213,17 +253,23 @@ class Answering:
     async def __call__(self, scope, receive, send):
         call = None
         if scope["type"] == "http":
-            _, _, rest = scope["path"].removeprefix("/v1/sessions/").partition("/")
+            name, _, rest = scope["path"].removeprefix("/v1/sessions/").partition("/")
+            rest = rest.partition("/")[0] if rest.startswith(("rounds/", "workers/")) else rest
             call = CALLS.get((scope["method"], rest))
+            mode = self._mode(name) if call == "steps" else ""
         if call is None:
             return await self._app(scope, receive, send)
 
         done = False
 
         async def tell(message):
-            nonlocal done
+            nonlocal done, call
             if message["type"] == "http.response.start":
                 done = message["status"] < 300
+                if mode == "sync":
+                    call = "contribution" if message["status"] == 202 else "round"
+                elif mode == "bounded":
+                    call = mode
                 self._pass(call, "before", done)
                 await send(message)
                 self._pass(call, "half", done)
@@ -232,6 +278,12 @@ class Answering:
                 self._pass(call, "after", done and not message.get("more_body"))
 
         await self._app(scope, receive, tell)
+
+    def _mode(self, name):
+        try:
+            return self._app.state.sessions.get(name).spec.update.mode
+        except ServiceError:
+            return ""
 
     def _pass(self, call, moment, counts):
         if counts:

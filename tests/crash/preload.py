@@ -2,7 +2,7 @@
 
 import gc
 
-from kernels import average
+from kernels import accumulate, average
 from service.warm import warm
 from tests.crash import victim  # noqa: F401 - with the whole server
 
@@ -10,4 +10,5 @@ from tests.crash import victim  # noqa: F401 - with the whole server
 warm(("adam", "nadam", "sgd"), ("F32",))
 warm(("rmsprop",), ("F64",))
 average.warm("F32")
+accumulate.warm(("F32", "BF16"), "F32")
 gc.freeze()  # or each collection in a fork would copy all that is here

@@ -8,7 +8,7 @@ The invariants, after notes/durability.md:
 3. `order`: A acknowledged before B was sent: A lies before B.
 4. `pulls`: a pull shows what was acknowledged before it, and no later one shows less.
 5. bits: `reference.py`.
-6. rounds: they come later.
+6. rounds: `agreement.py`, in place of 1 and 2.
 7. `conditions`: an upload taken under If-Match found what it named; each epoch began with one.
 
 And of what is no push: `changes` (the learning rate is one that was set), `refusals` (no answer is
@@ -21,23 +21,11 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import NamedTuple
 
-from tests.crash.history import NEVER, Gone, Life, Pull, place_of, unsettled, views
+from tests.crash import agreement
+from tests.crash.history import NEVER, Gone, Life, Pull, bare, passing, place_of, unsettled, views
+from tests.crash.violation import DOUBLED, LOST, Violation
 
 WINDOW = 1024
-LOST, DOUBLED, BITS = "lost", "doubled", "wrong bits"
-
-
-class Violation(NamedTuple):
-    """A promise that was not kept, and when it was seen."""
-
-    column: str
-    check: str
-    session: str
-    at: float
-    text: str
-
-    def __str__(self):
-        return f"{self.check}: session {self.session}: {self.text}"
 
 
 def check(history, lrs):
@@ -49,7 +37,9 @@ def check(history, lrs):
     """
     found = lives(history)
     for view in views(history):
-        for one in (keys, gaps, order, conditions, refusals, standings):
+        for one in (agreement.check,) if view.in_rounds else (keys, gaps):
+            found += one(view)
+        for one in (order, conditions, refusals, standings):
             found += one(view)
         found += changes(view, lrs[view.session])
     return found
@@ -87,18 +77,6 @@ def keys(view):
                     wrong(LOST, at, f"{fate.key} and {where[value]} are both {value}")
                 where[value] = fate.key
     return found
-
-
-def bare(summary):
-    """A summary as it is in every answer to one key."""
-    if summary is None:
-        return None
-    return {name: value for name, value in summary.items() if name != "replayed"}
-
-
-def passing(push):
-    """Whether an answer says no more than to ask again."""
-    return push.status in (408, 429, 500, 503) or push.slug == "in-flight"
 
 
 def gaps(view):
@@ -160,7 +138,11 @@ class Seen(NamedTuple):
 
 def order(view):
     """3 and 4: who began after another had ended does not lie before it."""
-    seen = [Seen(f.sent, f.acked, f.place, f"push {f.key}", True) for f in view.applied]
+    # Who was told that a round is over is in it, and who comes later is not.
+    seen = [
+        Seen(f.sent, f.told, f.place, f"push {f.key}", f.summary.get("applied", True))
+        for f in view.applied
+    ]
     seen += [Seen(p.invoked, p.returned, p.place, f"a pull ({p.what})", False) for p in view.pulls]
     seen += [
         Seen(u.invoked, u.returned, (u.taken, 1), "an upload", False)
@@ -214,6 +196,7 @@ def conditions(view):
 
 
 MAY_BE = {"epoch-changed"}
+MAY_BE_IN_ROUNDS = {"round-closed", "round-abandoned", "already-contributed", "norm-exceeded"}
 MAY_BE_ENDED = {"session-gone", "params-missing"}
 """What a push may be told when its session was deleted, and perhaps created anew."""
 
@@ -226,12 +209,15 @@ def refusals(view):
         highest[fate.key[0]] = max(highest[fate.key[0]], fate.key[1])
     for fate in view.fates.values():
         for push in fate.attempts:
-            if push.status in (None, 200) or (passing(push) and push.status != 500):
+            if push.status in (None, 200, 202) or (passing(push) and push.status != 500):
                 continue
             worker, sequence = fate.key
             expected = push.slug in MAY_BE or (view.ended and push.slug in MAY_BE_ENDED)
+            expected |= view.in_rounds and push.slug in MAY_BE_IN_ROUNDS
             if push.slug == "too-old":
                 expected = sequence <= highest[worker] - WINDOW
+            if push.slug == "worker-retired":
+                expected = worker in view.left and view.left[worker].invoked < push.returned
             if not expected:
                 text = f"{fate.key} on {push.base}: {push.status} {push.slug}"
                 found.append(Violation(LOST, "refusals", view.session, push.returned, text))
@@ -255,7 +241,7 @@ def changes(view, first):
         ends.append(returned)
         newest.append(max(newest[-1], invoked))
     found = []
-    reads = [(f.sent, f.acked, f.summary["lr"], f"push {f.key}") for f in view.applied]
+    reads = [(f.sent, f.told, f.summary["lr"], f"push {f.key}") for f in view.applied]
     reads += [(p.invoked, p.returned, p.lr, "a look") for p in view.pulls if p.lr is not None]
     for invoked, returned, lr, what in reads:
         # Whatever had ended when the newest of those began that ended before the read is past.
@@ -273,6 +259,8 @@ def standings(view):
     for fate in view.fates.values():
         by_worker[fate.key[0]].append(fate)
     for standing in view.standings:
+        if standing.worker in view.left and view.left[standing.worker].invoked < standing.returned:
+            continue  # its numbers are forgotten, unless a crash came between
         has = {n for begin, end in standing.ranges for n in range(begin, end + 1)}
         floor = (standing.highest or 0) - WINDOW
         for fate in by_worker[standing.worker]:
@@ -290,10 +278,22 @@ def standings(view):
             text = f"({standing.worker}, {sequence}) is known and was never sent"
             found.append(Violation(DOUBLED, "standings", view.session, standing.returned, text))
         newest = view.fates.get((standing.worker, standing.highest))
-        if newest is not None and newest.answers and bare(standing.last) != bare(newest.summary):
+        if newest is not None and not is_last(standing, newest):
             text = f"the last summary of {standing.worker} is {standing.last}"
             found.append(Violation(DOUBLED, "standings", view.session, standing.returned, text))
     return found
+
+
+def is_last(standing, fate):
+    """Whether what is said of a worker's newest push is what became of it."""
+    last = standing.last
+    if last is None:
+        return not fate.answers
+    if fate.round is not None and "abandoned" in last:
+        return last["round"] == fate.round and not fate.answers
+    if fate.round is not None and "missing" in last:  # its round was open
+        return last["round"] == fate.round and standing.invoked < fate.told
+    return not fate.answers or bare(last) == bare(fate.summary)
 
 
 def lives(history):

@@ -1,23 +1,47 @@
 """The same training once more, in a server that never crashes: every bit must be the same.
 
 The order is the one that the history tells. It may come from no code that is tested here, but the
-kernels are not: `tests/oracle.py` is for them.
+kernels are not: `tests/oracle.py` is for them. A round is one push of what NumPy makes of its
+contributions, to a session that has no rounds.
 """
 
 import json
 import urllib.parse
 from collections import defaultdict
-from itertools import count
+from itertools import count, permutations
+from typing import NamedTuple
 
+from tests.crash.agreement import over
 from tests.crash.history import views
 from tests.crash.inspection import state_digest
-from tests.crash.promises import BITS, Violation
+from tests.crash.reduction import reduced
+from tests.crash.violation import BITS, Violation
 from tests.crash.wire import Connection
 from tests.crash.workload import RAW, SAFE, digest
 
 SAME = ("lr", "grad_norm", "clipped", "applied", "params_finite", "update_norm", "param_norm")
 ALL = ("params", "state", "ema")
 AT_ONCE = 32
+
+
+class Step(NamedTuple):
+    """One update.
+
+    Attributes:
+        place: Epoch and version after it.
+        summary: What was told of it.
+        at: When it was.
+        what: For people.
+        keys: Of the push, or of the members of the round with their weights.
+        sure: Whether their order is known.
+    """
+
+    place: tuple
+    summary: dict
+    at: float
+    what: str
+    keys: tuple
+    sure: bool = True
 
 
 class Reference:
@@ -58,24 +82,25 @@ class _Replay:
             if pull.digest is not None:
                 self._seen[pull.place].append(pull)
         self._found = []
+        self._scratch = None
 
     def __call__(self):
         self._create()
         place = self._view.life.epoch, 1
         self._look(place, ALL)
         batch = []
-        for fate in self._view.applied:
-            while place[0] < fate.place[0]:
+        for step in self._steps():
+            while place[0] < step.place[0]:
                 self._send(batch)
                 place = place[0] + 1, 1
                 if place[0] not in self._uploads:
                     return self._found  # told by `conditions`
                 self._upload(self._uploads[place[0]])
                 self._look(place, ALL)
-            if fate.place != (place[0], place[1] + 1):
+            if step.place != (place[0], place[1] + 1):
                 break  # a hole, which is told by `gaps`, or by nobody if its push is unsettled
-            place = fate.place
-            batch.append(fate)
+            place = step.place
+            batch.append(step)
             whole = any(pull.what != "params" for pull in self._seen.get(place, ()))
             if whole or len(batch) == AT_ONCE:
                 self._send(batch)
@@ -86,7 +111,70 @@ class _Replay:
                 self._upload(upload)
                 self._look((upload.taken, 1), ALL)
         self._ask("DELETE", self._path)
+        if self._scratch is not None:
+            self._ask("DELETE", self._scratch)
         return self._found
+
+    def _steps(self):
+        if not self._view.in_rounds:
+            return [
+                Step(fate.place, fate.summary, fate.acked, f"{fate.key}", (fate.key,))
+                for fate in self._view.applied
+            ]
+        rounds = [one for one in over(self._view) if one.status == "applied"]
+        return [
+            Step(
+                one.place, one.summary, one.at, f"round {one.number}", self._keys(one),
+                one.members is not None,
+            )
+            for one in rounds
+        ]  # fmt: skip
+
+    def _keys(self, one):
+        """The members of a round with the weights that they were sent with."""
+        weights = {key: self._model.weight(*key) for key in one.keys}
+        if one.members is None:
+            return tuple((*key, weights[key]) for key in sorted(one.keys))
+        for *key, weight in one.members:
+            if self._model.weight(*key) != weight:
+                self._tell(one.at, f"round {one.number} has {key} with weight {weight}")
+        return one.members
+
+    def _body(self, step):
+        """What is pushed for an update."""
+        if not self._view.in_rounds:
+            return self._model.push(*step.keys[0])
+        keys = step.keys
+        if not step.sure and self._model.update.get("order") != "worker":
+            keys = self._ordered(step)
+        return reduced(self._model, keys)
+
+    def _ordered(self, step):
+        """Members whose order nobody saw, in one that gives the norm that was told.
+
+        Nobody is to be pleased by it: a round is asked by whoever was in it, and this is for those
+        whose server was killed in between.
+        """
+        counted = [key for key in step.keys if key[2]]
+        if len(counted) < 3:
+            return counted
+        for keys in permutations(counted):
+            if self._norm(reduced(self._model, keys)) == step.summary["grad_norm"]:
+                return keys
+        self._tell(step.at, f"no order of {counted} is {step.what}")
+        return counted
+
+    def _norm(self, body):
+        """Of a gradient, by a session that does nothing with it."""
+        if self._scratch is None:
+            self._scratch = f"{self._path}.scratch"
+            spec = {"optimizer": {"rule": "sgd", "lr": 0}, "dtype": self._model.dtype}
+            self._ask("PUT", self._scratch, {**spec, "missing": "skip"})
+            self._put(1, self._scratch)
+        answer = self._ask(
+            "POST", f"{self._scratch}/steps", body.data, content_type=body.content_type
+        )
+        return answer.json["grad_norm"]
 
     def _ask(self, method, path, body=b"", **headers):
         answer = self._connection.ask(method, path, body, **headers)
@@ -95,39 +183,40 @@ class _Replay:
 
     def _create(self):
         mark, spec = self._view.life.mark, {**self._model.spec}
-        spec.pop("log_slots", None)
+        for name in ("log_slots", "update"):
+            spec.pop(name, None)
         if self._model.ends and mark % 2:
             spec["params"] = self._model.inline(mark)
         self._ask("PUT", self._path, spec)
         if "params" not in spec:
             self._put(mark)
 
-    def _put(self, mark):
+    def _put(self, mark, path=None):
         body = self._model.upload(mark)
-        self._ask("PUT", f"{self._path}/params", body.data, content_type=body.content_type)
+        path = path or self._path
+        self._ask("PUT", f"{path}/params", body.data, content_type=body.content_type)
 
     def _upload(self, upload):
         self._put(upload.mark)
 
     def _send(self, batch):
         """Pushes without waiting for each answer; empties the batch."""
-        for fate in batch:
-            body = self._model.push(*fate.key)
-            lr = urllib.parse.quote(json.dumps({"default": {"lr": fate.summary["lr"]}}))
+        for step, body in [(step, self._body(step)) for step in batch]:
+            lr = urllib.parse.quote(json.dumps({"default": {"lr": step.summary["lr"]}}))
             self._connection.send(
                 "POST", f"{self._path}/steps?overrides={lr}", body.data,
-                content_type=body.content_type, accept=RAW if self._read(fate.place) else "*/*",
+                content_type=body.content_type, accept=RAW if self._read(step.place) else "*/*",
             )  # fmt: skip
-        for fate in batch:
+        for step in batch:
             answer = self._connection.receive()
             assert answer.status == 200, answer
-            if self._read(fate.place):
-                self._compare(fate.place, "params", digest(answer.body))
+            if self._read(step.place):
+                self._compare(step.place, "params", digest(answer.body))
             told = json.loads(answer.headers.get("gradpost-summary") or answer.body)
             for name in SAME:
-                if told[name] != fate.summary[name]:
-                    text = f"{fate.key} had {name} {fate.summary[name]}, and {told[name]} is right"
-                    self._tell(fate.acked, text)
+                if told[name] != step.summary[name]:
+                    text = f"{step.what} had {name} {step.summary[name]}, and {told[name]} is right"
+                    self._tell(step.at, text)
         batch.clear()
 
     def _read(self, place):

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 from tests.crash.campaign import RANDOM
-from tests.crash.promises import BITS, DOUBLED, LOST
+from tests.crash.violation import BITS, DOUBLED, LOST
 
 BEGIN, END = "<!-- crash table -->", "<!-- /crash table -->"
 MOMENTS = ("before", "torn", "half", "after")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.campaign import Campaign
+from tests.crash.campaign import ROUNDS, Campaign
+from tests.crash.faults import FAULTS
 from tests.crash.fleet import ROOT
 from tests.crash.history import History, Pull, Push
 from tests.crash.models import MODELS
 from tests.crash.plan import Plan
 from tests.crash.points import Points, kind_of
-from tests.crash.promises import BITS, LOST
+from tests.crash.violation import BITS, LOST
 
 
 def test_a_disk_that_forgets_records_is_found_out(fleet, plan, scratch):
@@ -28,6 +29,27 @@ def test_a_disk_that_forgets_records_is_found_out(fleet, plan, scratch):
     assert not campaign.violations, "told by the server itself"
     assert {"gaps", "keys", "standings"} & {one.check for one in report.violations}
     assert {one.column for one in report.violations} >= {LOST}
+
+
+FOUND_BY = {
+    "drop": {"fates", "members", "sightings", "standings"},
+    "twice": {"numbers", "looks"},
+    "both": {"fates", "members"},
+    "heavier": {"bits"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_breaks_a_round_is_found_out(fleet, reference, scratch, fault):
+    plan = Plan(seed=1)
+    with Campaign(fleet, scratch / "data", plan, 4, ROUNDS, wait_cap=2, fault=fault) as campaign:
+        campaign.stop(0.7)
+        for _ in range(4 if fault == "drop" else 1):
+            campaign.kill("run:fdatasync.RING_COMMIT-contribution.after:12")
+        campaign.stop(0.3)
+        found = campaign.report(reference if fault == "heavier" else None).violations
+    assert not campaign.violations, "told by the server itself"
+    assert {one.check for one in found} & FOUND_BY[fault], found
 
 
 def test_other_bits_than_those_of_a_replay_are_found(fleet, reference, plan, scratch):

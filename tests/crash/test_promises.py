@@ -13,7 +13,8 @@ from tests.crash.history import (
     Standing,
     Upload,
 )
-from tests.crash.promises import DOUBLED, LOST, check
+from tests.crash.promises import check
+from tests.crash.violation import DOUBLED, LOST
 
 LR = 0.5
 

@@ -3,14 +3,14 @@
 import itertools
 import json
 
+import pytest
+
 from service.storage import check as fsck
 from tests.crash.inspection import state_digest
-from tests.crash.models import MODELS
+from tests.crash.models import BOUNDED, MODELS
 from tests.crash.wire import Connection, Lost
 from tests.crash.workload import RAW, SAFE, digest
 
-MODEL = MODELS[0]
-PATH = f"/v1/sessions/{MODEL.name}"
 NEXT, SAME, LATER = {1}, {0}, {1, 2}
 KILLS = [
     ("run:commit.INDEX_NAME.before:1", NEXT),  # the first snapshot of this server does not count
@@ -29,12 +29,21 @@ KILLS = [
     ("run:pwrite.spare.before:3", NEXT),
     (None, SAME),
 ]
+BOUNDED_KILLS = [
+    ("run:commit.INDEX_NAME.after:1", NEXT),
+    ("run:answer.bounded.before:60", NEXT),
+    ("run:answer.bounded.after:60", NEXT),
+    ("stop:commit.INDEX_NAME.after:1", SAME),
+    (None, SAME),
+]
 
 
 class Trainer:
     """One worker, who keeps what it was told."""
 
-    def __init__(self):
+    def __init__(self, model):
+        self.model = model
+        self.path = f"/v1/sessions/{model.name}"
         self.sequences = itertools.count(1)
         self.told = {}
         """By sequence: the base and the summary of each push that the session still knows."""
@@ -46,20 +55,20 @@ class Trainer:
 
     def create(self, port):
         with Connection(port) as connection:
-            spec = {**MODEL.spec, "durability": "snapshot"}
+            spec = {**self.model.spec, "durability": "snapshot"}
             spec.pop("log_slots")
-            self.incarnation = connection.ask("PUT", PATH, spec).json["incarnation"]
-            body = MODEL.upload(1)
+            self.incarnation = connection.ask("PUT", self.path, spec).json["incarnation"]
+            body = self.model.upload(1)
             done = connection.ask(
-                "PUT", f"{PATH}/params", body.data, content_type=body.content_type
+                "PUT", f"{self.path}/params", body.data, content_type=body.content_type
             )
             assert done.status == 200, done
 
     def ask(self, connection, sequence, base, **headers):
-        body = MODEL.push("w", sequence)
+        body = self.model.push("w", sequence)
         query = f"worker=w&sequence={sequence}&base_version={base[0]}-{base[1]}"
         return connection.ask(
-            "POST", f"{PATH}/steps?{query}&incarnation={self.incarnation}", body.data,
+            "POST", f"{self.path}/steps?{query}&incarnation={self.incarnation}", body.data,
             content_type=body.content_type, **headers,
         )  # fmt: skip
 
@@ -83,7 +92,7 @@ class Trainer:
     def look(self, server, epochs):
         """What a restarted server has is what a snapshot can have held, and it says so."""
         with Connection(server.port) as connection:
-            now = connection.ask("GET", PATH).json
+            now = connection.ask("GET", self.path).json
             epoch, version, step = now["epoch"], now["version"], now["step"]
             assert now["incarnation"] == self.incarnation
             assert epoch - self.at[0] in epochs
@@ -92,7 +101,7 @@ class Trainer:
             else:
                 assert version == 1
                 assert self.floor <= step <= max(self.params, default=0) + 1
-            params = connection.ask("GET", f"{PATH}/params", accept=RAW)
+            params = connection.ask("GET", f"{self.path}/params", accept=RAW)
             if step in self.params:
                 assert digest(params.body) == self.params[step]
             self._are_told(connection, epoch, step)
@@ -113,13 +122,14 @@ class Trainer:
         self.told = {number: self.told[number] for number in kept}
         # Else the last one is a push whose answer was lost.
         if kept and self.told[kept[-1]][1]["step"] == step:
-            answer = connection.ask("GET", f"{PATH}/workers/w").json
+            answer = connection.ask("GET", f"{self.path}/workers/w").json
             assert (answer["highest"], answer["next_sequence"]) == (kept[-1], kept[-1] + 1)
             assert answer["last"]["step"] == step
 
 
-def test_a_session_comes_back_as_its_last_snapshot_had_it(fleet, scratch):
-    folder, trainer = scratch / "data", Trainer()
+@pytest.mark.parametrize(("model", "kills"), [(MODELS[0], KILLS), (BOUNDED, BOUNDED_KILLS)])
+def test_a_session_comes_back_as_its_last_snapshot_had_it(fleet, scratch, model, kills):
+    folder, trainer = scratch / "data", Trainer(model)
     server = fleet.start(folder, snapshot_interval=60)
     assert server.wait_ready()
     trainer.create(server.port)
@@ -127,8 +137,9 @@ def test_a_session_comes_back_as_its_last_snapshot_had_it(fleet, scratch):
     server.stop()
     assert server.wait_gone(60)
     epochs, exact, steps = SAME, 20, []
-    for kill, then in KILLS:
-        server = fleet.start(folder, kill, snapshot_interval=0.05)
+    for kill, then in kills:
+        gently = kill is None or kill.startswith("stop:")  # no snapshot but the last one
+        server = fleet.start(folder, kill, snapshot_interval=60 if gently else 0.05)
         if not server.wait_ready():
             assert kill.startswith("start:")
             epochs = then
@@ -136,7 +147,7 @@ def test_a_session_comes_back_as_its_last_snapshot_had_it(fleet, scratch):
         step = trainer.look(server, epochs)
         assert exact in (None, step)
         steps.append(step)
-        lives = trainer.train(server, 20 if kill is None or kill.startswith("stop:") else 5000)
+        lives = trainer.train(server, 20 if gently else 5000)
         if lives:
             server.stop()
         assert server.wait_gone(60)
@@ -149,7 +160,7 @@ def test_a_session_comes_back_as_its_last_snapshot_had_it(fleet, scratch):
     server = fleet.start(folder)
     assert server.wait_ready()
     trainer.look(server, SAME)
-    assert max(steps) > 100
+    assert max(steps) > 6 * len(kills)
     _compare(fleet, trainer, server)
 
 
@@ -158,21 +169,24 @@ def _compare(fleet, trainer, server):
     twin = fleet.start()
     assert twin.wait_ready()
     with Connection(twin.port) as other, Connection(server.port) as ours:
-        spec = {**MODEL.spec}
-        spec.pop("log_slots")
-        assert other.ask("PUT", PATH, spec).status == 201
-        body = MODEL.upload(1)
-        other.ask("PUT", f"{PATH}/params", body.data, content_type=body.content_type)
-        held = ours.ask("GET", f"{PATH}/workers/w").json["ranges"]
+        spec = {**trainer.model.spec}
+        for name in ("log_slots", "update"):
+            spec.pop(name, None)
+        assert other.ask("PUT", trainer.path, spec).status == 201
+        body = trainer.model.upload(1)
+        other.ask("PUT", f"{trainer.path}/params", body.data, content_type=body.content_type)
+        held = ours.ask("GET", f"{trainer.path}/workers/w").json["ranges"]
         survived = {n for begin, end in held for n in range(begin, end + 1)} | set(trainer.told)
         for sequence in sorted(survived):
-            gradient = MODEL.push("w", sequence)
+            gradient = trainer.model.push("w", sequence)
             done = other.ask(
-                "POST", f"{PATH}/steps", gradient.data, content_type=gradient.content_type
+                "POST", f"{trainer.path}/steps", gradient.data, content_type=gradient.content_type
             )
             assert done.status == 200, done
         for query, seen, media in (("params", digest, RAW), ("state", state_digest, SAFE)):
-            pair = [one.ask("GET", f"{PATH}/{query}", accept=media) for one in (ours, other)]
+            pair = [
+                one.ask("GET", f"{trainer.path}/{query}", accept=media) for one in (ours, other)
+            ]
             assert seen(pair[0].body) == seen(pair[1].body)
     for one in (twin, server):
         one.kill()

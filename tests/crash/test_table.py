@@ -1,8 +1,8 @@
 import pytest
 
 from tests.crash.history import Kill
-from tests.crash.promises import BITS, LOST, Violation
 from tests.crash.table import Table, replaced
+from tests.crash.violation import BITS, LOST, Violation
 
 PAGE = "x\n<!-- crash table -->\nold\n<!-- /crash table -->\ny\n"
 

@@ -18,16 +18,19 @@ from service.__main__ import Server, configuration
 from service.app import create_app
 from service.settings import Settings
 from service.storage.files import Files
+from tests.crash.faults import FAULTS
 from tests.crash.points import RUN, START, STOP, Answering, KillingCalls, Points
 
 
 def main(arguments=None, announce=None):
     options = parser().parse_args(arguments)
+    if options.fault is not None:
+        FAULTS[options.fault]()
     random = options.kill and options.kill.startswith("random:")
     points = Points(None if random else options.kill, options.counts)
     settings = Settings(
         data_dir=options.data_dir, port=options.port, warm_rules=(), log_level="warning",
-        snapshot_interval_s=options.snapshot_interval,
+        snapshot_interval_s=options.snapshot_interval, wait_cap_s=options.wait_cap,
     )  # fmt: skip
     calls = None
     if options.data_dir is not None:
@@ -53,7 +56,9 @@ def parser():
     made.add_argument("--kill", metavar="POINT:N", help="or random:SECONDS")
     made.add_argument("--counts", type=Path, help="file for the numbers of passings")
     made.add_argument("--forget", type=int, default=0, help="lose all records after so many")
+    made.add_argument("--fault", choices=FAULTS, help="break a promise: see faults.py")
     made.add_argument("--snapshot-interval", type=float, default=60.0)
+    made.add_argument("--wait-cap", type=float, default=60.0)
     return made
 
 

@@ -12,11 +12,16 @@ import threading
 import time
 
 from tests.crash.door import Abandoned, rest
-from tests.crash.history import Gone, Pull, Push
+from tests.crash.history import NEVER, Gone, Pull, Push
 from tests.crash.wire import Connection, Lost
 
 RAW, SAFE = "application/octet-stream", "application/vnd.safetensors"
-AGAIN = ("in-flight", "log-full", "overloaded", "shutting-down", "recovering", "internal")
+AGAIN = (
+    "in-flight", "log-full", "overloaded", "shutting-down", "recovering", "internal",
+    "too-many-workers",
+)  # fmt: skip
+TELLING = ("round-abandoned", "already-contributed")
+"""Refusals of which more than their kind is to be kept."""
 WINDOW = 1024
 
 
@@ -52,6 +57,8 @@ class Worker(threading.Thread):
         self.models = models
         self.known = {model.name: Known() for model in models}
         self.error = None
+        self.called = self.name
+        """Its worker id."""
         self._door = door
         self.history = history
         self._turn = 0
@@ -82,6 +89,11 @@ class Worker(threading.Thread):
     def finish(self):
         """What is to be done before it leaves."""
 
+    @property
+    def names(self):
+        """All its worker ids."""
+        return [self.called]
+
     # Calls
 
     def _drop(self):
@@ -100,6 +112,11 @@ class Worker(threading.Thread):
             except Lost:
                 self._turn, _ = self._door.wait(self._turn)
         return self._connection
+
+    @property
+    def disturbed(self):
+        """Whether there is something better to do than to wait."""
+        return self._door.shutting or self._door.closing
 
     def once(self, method, path, body=b"", **headers):
         """One attempt: when it began and ended, and the answer; None is no answer."""
@@ -129,31 +146,37 @@ class Worker(threading.Thread):
         """A new push, perhaps cut first, perhaps sent twice at once; then perhaps an old one."""
         known = self.known[model.name]
         known.sequence += 1
-        call = _Call(model, known.incarnation, self.name, known.sequence, known.at)
-        dice = self.rng.random()
-        if dice < 0.1:
-            self._cut(call)
-            if dice < 0.03:
-                return  # and never whole: it must not be known to anyone
-        twin = self._twin(call) if dice > 0.96 else None
-        try:
-            done = self._settle(call, with_params=self.rng.random() < 0.3)
-        finally:
-            if twin is not None:
-                self._receive(call, *twin)
+        call = Call(model, known.incarnation, self.called, known.sequence, known.at)
+        done = self.send(call)
         if done is not None and done.status == 200:
             known.acked.append(call)
         if known.acked and self.rng.random() < 0.1:
-            self._settle(self.rng.choice(known.acked[-WINDOW - 50 :]))
+            self.settle(self.rng.choice(known.acked[-WINDOW - 50 :]))
 
-    def _settle(self, call, *, with_params=False):
+    def send(self, call):
+        """Sends a push, perhaps also cut before or twice at once; None: it was only cut."""
+        dice = self.rng.random()
+        if dice < 0.1 and call.body.data:
+            self._cut(call)
+            if dice < 0.03:
+                return None  # and never whole: it must not be known to anyone
+        twin = self._twin(call) if dice > 0.96 else None
+        try:
+            return self.settle(call, with_params=self.rng.random() < 0.3)
+        finally:
+            if twin is not None:
+                self._receive(call, *twin)
+
+    def settle(self, call, *, with_params=False, **headers):
         """Attempts until there is an answer that settles the push."""
-        accept = {"accept": RAW} if with_params else {}
+        if with_params:
+            headers["accept"] = RAW
         while True:
+            self.history.begin(call.attempt(time.monotonic(), NEVER))
             invoked, returned, answer = self.once(
-                "POST", call.path, call.body.data, content_type=call.body.content_type, **accept
+                "POST", call.path, call.body.data, **call.headers, **headers
             )
-            self._note(call, invoked, returned, answer)
+            self.note(call, invoked, returned, answer)
             if answer is None:
                 continue
             if answer.slug in AGAIN:
@@ -163,7 +186,8 @@ class Worker(threading.Thread):
                 self.known[call.model.name].at = None
             return answer
 
-    def _note(self, call, invoked, returned, answer):
+    def note(self, call, invoked, returned, answer):
+        """Writes an attempt of a push and its answer down."""
         push = call.attempt(invoked, returned)
         if answer is None:
             self.history.add(push)
@@ -176,6 +200,8 @@ class Worker(threading.Thread):
                 self._saw(call.model, call.incarnation, invoked, returned, answer)
             elif not push.summary["replayed"]:  # a repeat tells where the session was once
                 self._reached(call.model, (push.summary["epoch"], push.summary["version"]))
+        elif answer.status == 202 or answer.slug in TELLING:
+            push = push._replace(summary=answer.json)
         self.history.add(push)
 
     def _cut(self, call):
@@ -184,9 +210,7 @@ class Worker(threading.Thread):
         invoked = time.monotonic()
         part = self.rng.randrange(len(call.body.data))
         try:
-            connection.send(
-                "POST", call.path, call.body.data, content_type=call.body.content_type, cut=part
-            )
+            connection.send("POST", call.path, call.body.data, **call.headers, cut=part)
         except Lost:
             pass
         self._drop()
@@ -199,8 +223,9 @@ class Worker(threading.Thread):
         except Lost:
             return None
         invoked = time.monotonic()
+        self.history.begin(call.attempt(invoked, NEVER))
         try:
-            connection.send("POST", call.path, call.body.data, content_type=call.body.content_type)
+            connection.send("POST", call.path, call.body.data, **call.headers)
         except Lost:
             connection.close()
             self.history.add(call.attempt(invoked, time.monotonic()))
@@ -213,7 +238,7 @@ class Worker(threading.Thread):
                 answer = connection.receive()
             except Lost:
                 answer = None
-        self._note(call, invoked, time.monotonic(), answer)
+        self.note(call, invoked, time.monotonic(), answer)
 
     # Pulls
 
@@ -265,7 +290,7 @@ class Worker(threading.Thread):
         rest()
 
 
-class _Call:
+class Call:
     """A push, as it is sent every time."""
 
     def __init__(self, model, incarnation, worker, sequence, base):
@@ -280,11 +305,20 @@ class _Call:
         return self.model.push(self.worker, self.sequence)
 
     @property
+    def headers(self):
+        """Of its body; a pass has none."""
+        kind = self.body.content_type
+        return {} if kind is None else {"content_type": kind}
+
+    @property
     def path(self):
         epoch, version = self.base
+        weight = ""
+        if self.model.mode == "sync":
+            weight = f"&weight={self.model.weight(self.worker, self.sequence)}"
         return (
             f"/v1/sessions/{self.model.name}/steps?worker={self.worker}&sequence={self.sequence}"
-            f"&base_version={epoch}-{version}&incarnation={self.incarnation}"
+            f"&base_version={epoch}-{version}&incarnation={self.incarnation}{weight}"
         )
 
     def attempt(self, invoked, returned):

@@ -154,6 +154,10 @@ def test_without_a_log_a_stop_abandons_the_open_round_and_a_crash_loses_it(start
     lost = server.crashed()
     check_problem(contribute(lost, "a", 2, 2), 409, "epoch-changed")
     assert contribute(lost, "a", 1, 1).json["applied"]  # what it still knows
+    reply = lost.call("GET", "/v1/sessions/m/rounds/2")  # of which it was told
+    check_problem(reply, 404, "round-unknown")
+    fresh = contribute(lost, "a", 3, "2-1")
+    assert (fresh.status, fresh.json["round"]) == (202, 1_000_002)
     lost.close()
     server = server.restarted()
     assert check_problem(contribute(server, "a", 2, 2), 409, "round-abandoned")["reason"] == "stop"
