@@ -241,7 +241,8 @@ def bare(summary):
     """A summary as it is in every answer to one key."""
     if summary is None:
         return None
-    return {name: value for name, value in summary.items() if name not in ("replayed", "ahead")}
+    own = ("replayed", "ahead", "wire")
+    return {name: value for name, value in summary.items() if name not in own}
 
 
 class History:
