@@ -85,7 +85,7 @@ async def every(id: str, request: Request) -> Response:
     """Who takes part, live or not: leases, contributions, staleness, lateness."""
     session: Session = request.app.state.sessions.get(id)
     session.check_alive()
-    session.members.lapse()
+    await session.tick()  # whose lease ran out is live no more, and what waits for it goes on
     members = sorted(session.members.all(), key=lambda one: one.name)
     rows = [brief(session, one.name, one, session.ledger.glance(one.name)) for one in members]
     found = {"workers": rows, "live": sum(one.live for one in members)}

@@ -74,8 +74,6 @@ class Durable:
         self._task: asyncio.Task[bool] | None = None
         self._saved: object = None
         self.saved_at = time.monotonic()
-        self._lacking: tuple[int, int] | None = None
-        """Free places of the log when pushes began to wait for some."""
         self.trouble: str | None = None
         """Why the last snapshot could not be made; None if it could."""
 
@@ -274,39 +272,56 @@ class Durable:
         pages, slots = ring.free()
         return 2 * slots <= ring.shape.slots or 2 * pages <= ring.shape.records
 
-    def make_room(self, *, is_full: bool = False) -> None:
+    def free(self) -> tuple[int, int]:
+        """Places of the log, without payload and with."""
+        ring = self.journal.ring
+        return (0, 0) if ring is None else ring.free()
+
+    def make_room(self, lacking: tuple[int, int] | None = None) -> None:
         """Sees to it that a snapshot frees places of the log, and lets waiting pushes go on.
 
         Args:
-            is_full: Whether pushes wait for it.
+            lacking: What was free when pushes found no place; None: none waits for one.
         """
-        ring = self.journal.ring
-        if is_full and ring is not None:
-            self._lacking = ring.free()
-        elif not self.is_due:  # what fills it is an open round, which no snapshot frees
+        if self._has_more(lacking):  # a snapshot ended since
+            self._session.queue.start()
             return
-        if self._task is None:
+        if lacking is None and not self.is_due:
+            return  # what fills it is an open round, which no snapshot frees
+        fresh = self._task is None
+        if fresh:
             if self.trouble is not None and time.monotonic() - self.saved_at < PAUSE_S:
-                self._go_on(None)
+                self._go_on(lacking, True, None)
                 return
             self._begin()
         assert self._task is not None
-        self._task.add_done_callback(self._go_on)
+        self._task.add_done_callback(partial(self._go_on, lacking, fresh))
 
-    def _go_on(self, task: object) -> None:
-        queue, ring, lacking = self._session.queue, self.journal.ring, self._lacking
-        self._lacking = None
+    def _go_on(self, lacking: tuple[int, int] | None, fresh: bool, task: object) -> None:
+        """After a snapshot: on with the pushes that wait for a place, if they do.
+
+        Args:
+            lacking: As for `make_room`.
+            fresh: Whether it was begun since; another may have freed all it could before.
+            task: The snapshot.
+        """
         if lacking is None:
             return
-        # A place of either kind that was not there before; else all would begin again, for ever.
-        if ring is not None and any(
-            now > was for now, was in zip(ring.free(), lacking, strict=True)
-        ):
-            queue.start()
-        elif self.is_due and self.trouble is None:  # that snapshot had copied an earlier state
-            self.make_room(is_full=True)
+        if self._has_more(lacking):
+            self._session.queue.start()
+        elif fresh:
+            self._session.queue.refuse(self.full())
         else:
-            queue.refuse(self.full())
+            self.make_room(lacking)
+
+    def _has_more(self, lacking: tuple[int, int] | None) -> bool:
+        """Whether a place of either kind came that was not there when pushes began to wait.
+
+        Without one they would begin again, for ever.
+        """
+        if lacking is None:
+            return False
+        return any(now > was for now, was in zip(self.free(), lacking, strict=True))
 
     def _begin(self, *, final: bool = False) -> "asyncio.Task[bool]":
         task = asyncio.create_task(self._snapshot(final=final))

@@ -87,19 +87,19 @@ class Queue:
         result = self._session.lane.submit(many(self._session, self, loop), then=self._ended)
         result.add_done_callback(self._check)
 
-    def _ended(self, is_full: bool) -> None:
+    def _ended(self, lacking: tuple[int, int] | None) -> None:
         """After a program: on with what came meanwhile, once there is room for it."""
         self._active = False
         durable = self._session.durable
         assert durable is not None
-        if is_full:
-            durable.make_room(is_full=True)
+        if lacking is not None:
+            durable.make_room(lacking)
         else:
             if durable.is_half_full():
                 durable.make_room()
             self.start()
 
-    def _check(self, result: "asyncio.Future[bool]") -> None:
+    def _check(self, result: "asyncio.Future[tuple[int, int] | None]") -> None:
         """Refuses what waits if the lane takes nothing any more."""
         error = result.exception()
         if error is not None:
@@ -159,18 +159,20 @@ def refuse(outcome: "asyncio.Future[Outcome]", error: BaseException) -> None:
         outcome.exception()  # whoever asked may have gone; the failure has been counted
 
 
-def many(session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop) -> Program[bool]:
+def many(
+    session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop
+) -> Program[tuple[int, int] | None]:
     """Takes all pushes that wait through one sync.
 
     Returns:
-        Whether some had to go back because the log is full.
+        What was free in the log when some found no place there and went back; None: all did.
     """
     durable = session.durable
     assert durable is not None
     group, committed = _Group(), False
     try:
         try:
-            is_full = yield from _decide_all(session, durable, queue, loop, group)
+            lacking = yield from _decide_all(session, durable, queue, loop, group)
         finally:
             queue.put_back(group.later)
         if group.members:
@@ -193,7 +195,7 @@ def many(session: "Session", queue: Queue, loop: asyncio.AbstractEventLoop) -> P
         for queued in group.taken:
             if queued.gradient.control.key is not None:
                 session.committing.discard(queued.gradient.control.key)
-    return is_full
+    return lacking
 
 
 def _apply_all(
@@ -221,7 +223,7 @@ def _apply_all(
 def _decide_all(
     session: "Session", durable: "Durable", queue: Queue, loop: asyncio.AbstractEventLoop,
     group: _Group,
-) -> Program[bool]:  # fmt: skip
+) -> Program[tuple[int, int] | None]:  # fmt: skip
     """Decides one push after another, each with a place in the log; refusals go out at once.
 
     Args:
@@ -232,7 +234,7 @@ def _decide_all(
         group: Receives them.
 
     Returns:
-        Whether the log is full.
+        What was free in the log when one found no place; None: all did.
     """
     ahead = _Ahead()
     while not ahead.is_complete(session) and (queued := queue.take()) is not None:
@@ -246,6 +248,7 @@ def _decide_all(
         except ServiceError as error:
             loop.call_soon_threadsafe(refuse, queued.outcome, error)
             continue
+        free = durable.free()  # a snapshot may end at any moment, and make it more
         is_pass = queued.gradient.control.is_pass
         slot = durable.reserve(payload=not is_pass)
         end = durable.reserve_end() if ahead.begins(session) else None
@@ -254,7 +257,7 @@ def _decide_all(
                 if place is not None:
                     place.release()
             group.later.append(group.taken.pop())
-            return True
+            return free
         if key is not None:
             session.committing.add(key)
         started_at = time.perf_counter()
@@ -282,4 +285,4 @@ def _decide_all(
         ahead.add(found)
         timing = Timing(started_at, started_at - queued.since)
         group.members.append(_Member(queued, found, slot, timing, end))
-    return False
+    return None
