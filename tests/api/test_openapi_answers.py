@@ -36,7 +36,7 @@ class Case(NamedTuple):
 def bodies(method, template, **more):
     """The refusals that every call with a body shares."""
     shared = (
-        ("length-required", None, TYPED),
+        ("length-required", None, {**TYPED, "transfer_encoding": "chunked"}),
         ("bad-request", b"{}", {**TYPED, "content_length": "-1"}),
         ("body-too-large", b"{}", {**TYPED, "content_length": str(1 << 50)}),
         ("unsupported-media-type", b"{}", {"content_type": "text/plain"}),

@@ -135,7 +135,8 @@ class InProcess:
         """One request through the application."""
         path, _, query = path.partition("?")
         fields = {"host": "in-process", **{k.lower(): v for k, v in headers.items()}}
-        if body or method not in ("GET", "HEAD", "DELETE"):
+        has_length = body or method not in ("GET", "HEAD", "DELETE")
+        if has_length and "transfer-encoding" not in fields:
             fields.setdefault("content-length", str(sum(map(len, body))))
         scope = {
             "type": "http",
