@@ -119,7 +119,7 @@ def decide(
             pushes.refuse_nonfinite(session, arena, terms, gradient)
             norm, skipped, weight = None, "nonfinite", 0.0
         else:
-            shrunk = _within(rules, norm * (weight if rules.reduce == "sum" else 1.0))
+            shrunk = _within(rules, norm)
             norm = norm if math.isfinite(norm) else None
     sign = -1.0 if session.spec.push == "delta" else 1.0
     now = time.time()
@@ -138,7 +138,7 @@ def _within(rules: Update, norm: float) -> float:
 
     Args:
         rules: Of the round.
-        norm: Of the contribution; in a sum, times its weight.
+        norm: Of the contribution.
 
     Raises:
         NormExceeded: It is not, and such contributions are refused.
