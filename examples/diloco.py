@@ -7,8 +7,6 @@ end - start, and the server takes one step of sgd with Nesterov momentum on the 
 ``python -m examples.diloco``
 """
 
-import argparse
-
 import numpy as np
 
 import gradpost
@@ -84,18 +82,5 @@ def train(rounds: int, seed: int) -> tuple[float, float]:
     return found[0], alone(rounds, seed)
 
 
-def main() -> None:
-    """Trains both and prints what they reach."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    ours, single = train(chosen.rounds, chosen.seed)
-    print(
-        f"{WORKERS} workers, {chosen.rounds} pushes of {EVERY} steps: {ours:.4f}   "
-        f"one trainer: {single:.4f}"
-    )
-
-
 if __name__ == "__main__":
-    main()
+    team.compare(__doc__ or "", ROUNDS, train)

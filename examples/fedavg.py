@@ -7,8 +7,6 @@ sgd with lr 1 (McMahan et al. 2017). Beside it one trainer that has all the data
 ``python -m examples.fedavg``
 """
 
-import argparse
-
 import numpy as np
 
 import gradpost
@@ -69,15 +67,5 @@ def train(rounds: int, seed: int) -> tuple[float, float]:
     return found[0], alone(rounds, seed)
 
 
-def main() -> None:
-    """Trains both and prints what they reach."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    ours, single = train(chosen.rounds, chosen.seed)
-    print(f"{SITES} sites, {chosen.rounds} rounds: {ours:.4f}   one trainer: {single:.4f}")
-
-
 if __name__ == "__main__":
-    main()
+    team.compare(__doc__ or "", ROUNDS, train)

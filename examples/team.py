@@ -1,5 +1,6 @@
 """A server and some worker processes on this machine, for the examples of several trainers."""
 
+import argparse
 import contextlib
 import multiprocessing
 import os
@@ -47,3 +48,19 @@ def together(count: int, work: Callable[..., T], *arguments: Any) -> list[T]:
     with ProcessPoolExecutor(count, mp_context=spawn) as pool:
         futures = [pool.submit(work, index, *arguments) for index in range(count)]
         return [future.result() for future in futures]
+
+
+def compare(about: str, rounds: int, train: Callable[[int, int], tuple[float, float]]) -> None:
+    """Reads --rounds and --seed, trains, and prints both accuracies.
+
+    Args:
+        about: What `--help` says.
+        rounds: Unless others are asked for.
+        train: Given rounds and seed, the accuracy of those who share a model, and of one trainer.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    ours, single = train(chosen.rounds, chosen.seed)
+    print(f"{chosen.rounds} rounds: {ours:.4f}   one trainer: {single:.4f}")

@@ -8,7 +8,7 @@ and the end of each round before it is applied.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +27,7 @@ from service.sessions.lane import Program
 from service.sessions.ledger import Contributed, Fate, Summary
 from service.sessions.pushes import Gradient, Outcome
 from service.sessions.records import Close, Contribution, Push
-from service.sessions.rounds import Held, Open, give_up
+from service.sessions.rounds import Held, Open, filled, give_up
 from service.sessions.schedule import factor
 from service.storage.ring import Slot
 
@@ -53,7 +53,7 @@ def contribute(session: "Session", gradient: Gradient) -> Program[Outcome]:
     assert key is not None
     session.committing.add(key)
     try:
-        found = yield from decide(session, gradient, ())
+        found = yield from decide(session, gradient, {})
         if not isinstance(found, Decided):
             return Outcome(found, True, None)
         yield from take(session, found)
@@ -69,14 +69,15 @@ def contribute(session: "Session", gradient: Gradient) -> Program[Outcome]:
 
 
 def decide(
-    session: "Session", gradient: Gradient, ahead: Sequence[Contribution], slot: Slot | None = None
-) -> Program[Decided | Fate]:
+    session: "Session", gradient: Gradient, ahead: Mapping[str, Contribution],
+    slot: Slot | None = None,
+) -> Program[Decided | Fate]:  # fmt: skip
     """All of a contribution but its effect; raises what refuses it.
 
     Args:
         session: In whose lane this runs; only read.
         gradient: Only read; its vector is empty if it is a pass.
-        ahead: Contributions that were decided before it and are not taken yet.
+        ahead: Contributions that were decided before it and are not taken yet, by worker.
         slot: Receives the gradient meanwhile.
 
     Returns:
@@ -119,7 +120,7 @@ def decide(
             pushes.refuse_nonfinite(session, arena, terms, gradient)
             norm, skipped, weight = None, "nonfinite", 0.0
         else:
-            shrunk = _within(rules, norm)
+            shrunk = _within(rules, norm * (weight if rules.reduce == "sum" else 1.0))
             norm = norm if math.isfinite(norm) else None
     sign = -1.0 if session.spec.push == "delta" else 1.0
     now = time.time()
@@ -138,7 +139,7 @@ def _within(rules: Update, norm: float) -> float:
 
     Args:
         rules: Of the round.
-        norm: Of the contribution.
+        norm: Of the contribution; in a sum, of what it adds.
 
     Raises:
         NormExceeded: It is not, and such contributions are refused.
@@ -149,17 +150,17 @@ def _within(rules: Update, norm: float) -> float:
     if rules.on_max_norm == "clip":
         return bound / norm
     raise NormExceeded(
-        f"The gradient's norm is {norm:.6g} and one contribution may have {bound:.6g} "
-        "(update.max_norm). Nothing was counted: clip it, or send a pass (weight 0).",
+        f"The contribution's norm is {norm:.6g} (in a sum, with its weight) and one may have "
+        f"{bound:.6g} (update.max_norm). Nothing was counted: clip it, or send a pass (weight 0).",
         norm=norm if math.isfinite(norm) else None,
         max_norm=bound,
     )
 
 
-def _opened_at(session: "Session", ahead: Sequence[Contribution], now: float) -> float:
+def _opened_at(session: "Session", ahead: Mapping[str, Contribution], now: float) -> float:
     if session.rounds.open is not None:
         return session.rounds.open.opened_at
-    return ahead[0].at if ahead else now
+    return next((one.at for one in ahead.values()), now)
 
 
 def check_weight(rules: Update, weight: float | None) -> None:
@@ -175,18 +176,13 @@ def check_weight(rules: Update, weight: float | None) -> None:
         )
 
 
-def completes(session: "Session", ahead: Sequence[Contribution]) -> bool:
-    """Whether the open round will be due once these are in it."""
+def completes(session: "Session", ahead: Collection[str]) -> bool:
+    """Whether the open round will wait for nobody once those of these workers are in it."""
     found = session.rounds.open
-    base = (session.epoch, session.version)
     rules = session.spec.update if found is None else found.rules
-    before = {} if found is None else found.contributions
-    seen = Open(
-        session.rounds.number, base, rules, None, math.inf, 0.0,
-        {**before, **{one.worker: one for one in ahead}},
-    )  # fmt: skip
-    # Nobody of `ahead` may have joined yet, which then makes more missing than there are.
-    return seen.due(session.members, -math.inf) is not None
+    contributed: Collection[str] = () if found is None else found.contributions
+    # Nobody of `ahead` may have joined yet, so that more seem to be missing than are.
+    return filled(rules, session.members, contributed, ahead) is not None
 
 
 def take(
@@ -269,14 +265,15 @@ def close(session: "Session", reason: str) -> Program[None]:
     if reason == "timeout" and found.counted < found.rules.min_contributions:
         yield from abandon(session, "timeout")
         return
-    if not found.counted:
-        yield from _log(session, Close(found.number, "skipped", "passes", time.time(), None))
-        skip(session, "passes", time.time())
-        return
     try:
         _terms(session, found)
     except ServiceError:  # a PATCH since does not go with the overrides that the round has
         yield from abandon(session, "patch")
+        return
+    if not found.counted:
+        end = Close(found.number, "skipped", "passes", time.time(), None)
+        yield from _log(session, end)
+        skip(session, end.reason, end.at)
         return
     push = yield from _decided(session, found)
     if push.skipped is not None:

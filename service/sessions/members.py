@@ -259,10 +259,11 @@ class Members:
             for one in self._all.values():
                 one.clock = 0
 
-    def all_in(self, names: Container[str]) -> bool:
+    def all_in(self, names: Container[str], more: Container[str] = ()) -> bool:
         """Whether everyone whose lease holds is among these."""
         with self._lock:
-            return all(one.name in names for one in self._all.values() if one.live)
+            live = (one.name for one in self._all.values() if one.live)
+            return all(name in names or name in more for name in live)
 
     # Files
 

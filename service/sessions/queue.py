@@ -125,7 +125,7 @@ class _Ahead:
 
     def __init__(self) -> None:
         self._updates: Ahead | None = None
-        self._contributions: list[Contribution] = []
+        self._contributions: dict[str, Contribution] = {}
 
     def decide(
         self, session: "Session", gradient: Gradient, slot: Slot
@@ -138,7 +138,7 @@ class _Ahead:
     def add(self, found: Decided | contributions.Decided) -> None:
         """Takes note of one that was decided."""
         if isinstance(found, contributions.Decided):
-            self._contributions.append(found.one)
+            self._contributions[found.one.worker] = found.one
         else:
             self._updates = found.ahead
 

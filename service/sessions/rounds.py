@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,8 +21,6 @@ KEPT = 1024
 """Closed rounds that can be asked for."""
 SAVED = 64
 """Of those, how many a file keeps, and of how many it is told who was in them."""
-
-
 GAP = 1_000_000
 """Numbers that are left out where rounds may be lost: more than there are between two snapshots."""
 
@@ -95,12 +93,8 @@ class Open:
 
     def due(self, members: Members, now: float) -> str | None:
         """Why it is to be closed now; None if it is not."""
-        if len(self.contributions) >= self.rules.closes_at:
-            return "complete" if self.rules.closes_at == self.rules.workers else "quorum"
-        if self.rules.on_lost == "shrink" and members.ever >= (self.rules.workers or 0):
-            if members.all_in(self.contributions):
-                return "complete"
-        return "timeout" if now >= self.ends else None
+        full = filled(self.rules, members, self.contributions)
+        return full or ("timeout" if now >= self.ends else None)
 
     def ended(
         self, status: str, reason: str, at: tuple[int, int, int], closed_at: float,
@@ -131,6 +125,24 @@ def missing(rules: Update, contributed: Container[str], members: Members) -> int
     """Live members that have not contributed, and workers that never joined."""
     absent = sum(one.name not in contributed for one in members.live())
     return absent + max(0, (rules.workers or 0) - members.ever)
+
+
+def filled(
+    rules: Update, members: Members, contributed: Collection[str], ahead: Collection[str] = ()
+) -> str | None:
+    """Why a round with these contributions waits for nobody else; None if it does.
+
+    Args:
+        rules: Of the round.
+        members: Of the session.
+        contributed: Whose are in it.
+        ahead: Whose will be in it next; nobody of `contributed`.
+    """
+    if len(contributed) + len(ahead) >= rules.closes_at:
+        return "complete" if rules.closes_at == rules.workers else "quorum"
+    if rules.on_lost == "wait" or members.ever < (rules.workers or 0):
+        return None
+    return "complete" if members.all_in(contributed, ahead) else None
 
 
 class Part(NamedTuple):
@@ -202,24 +214,24 @@ class Rounds:
         return self._closed.get(number)
 
     def check_free(
-        self, worker: str, overrides: str | None, ahead: Sequence[Contribution], at: dict[str, int]
-    ) -> None:
+        self, worker: str, overrides: str | None, ahead: Mapping[str, Contribution],
+        at: Mapping[str, int],
+    ) -> None:  # fmt: skip
         """Refuses a contribution that does not fit what the open round has.
 
         Args:
             worker: Whose.
             overrides: JSON text.
-            ahead: Contributions that are decided and not in the round yet.
+            ahead: Contributions that are decided and not in the round yet, by worker.
             at: Where the session stands, for a refusal.
 
         Raises:
             AlreadyContributed: It has one of this worker.
             OverridesDiffer: Its others have other overrides.
         """
-        before = next((one for one in ahead if one.worker == worker), None)
-        round_ = self.open
-        if round_ is not None:
-            before = before or round_.contributions.get(worker)
+        found = self.open
+        there: Mapping[str, Contribution] = {} if found is None else found.contributions
+        before = ahead.get(worker) or there.get(worker)
         if before is not None:
             raise AlreadyContributed(
                 f"Worker {worker!r} has contributed to round {self.number} with sequence "
@@ -230,10 +242,8 @@ class Rounds:
                 sequence=before.sequence,
                 **at,
             )
-        first = ahead[0].overrides if ahead else overrides
-        if round_ is not None:
-            first = round_.overrides
-        if overrides != first:
+        first = next(iter((there or ahead).values()), None)
+        if first is not None and overrides != first.overrides:
             raise OverridesDiffer(
                 f"The contributions to round {self.number} have other overrides than this one, and "
                 "an update has one set of them: send the same from every worker, or PATCH the "

@@ -254,12 +254,12 @@ class Session:
         if worker is not None:
             self.members.late(worker)
 
-    def check_contribution(self, control: PushControl, ahead: Sequence[Contribution]) -> None:
+    def check_contribution(self, control: PushControl, ahead: Mapping[str, Contribution]) -> None:
         """The checks of a push that joins a round, beside those of every push.
 
         Args:
             control: What it says of itself.
-            ahead: Contributions that are decided and not in the round yet.
+            ahead: Contributions that are decided and not in the round yet, by worker.
 
         Raises:
             TooManyWorkers: Its worker has not joined, and there is no room for one more.
@@ -315,7 +315,7 @@ class Session:
                 return True
         self.check_base(control)
         if mode == "sync":
-            self.check_contribution(control, ())
+            self.check_contribution(control, {})
         elif control.worker is not None:
             self.members.check_room(control.worker)
         self.terms_of(control)

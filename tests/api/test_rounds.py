@@ -537,6 +537,17 @@ def test_rounds_of_more_workers_than_the_server_knows(api):
     check_problem(api.call("PATCH", "/v1/sessions/m", {"update": {"workers": many}}), 422)
 
 
+def test_a_weight_is_no_way_around_the_bound_of_a_sum(api):
+    norm = float(np.linalg.norm(flat(GRADS)))
+    make(api, reduce="sum", max_norm=2 * norm)
+    check_problem(contribute(api, "a", weight=3), 422, "norm-exceeded")
+    assert contribute(api, "a", weight=1.5).status == 202
+    make(api, "n", reduce="sum", max_norm=2 * norm, on_max_norm="clip")
+    contribute(api, "a", weight=1e30, name="n")
+    contribute(api, "b", grads=scaled(0), name="n")
+    assert np.allclose(moved(api, "n"), 2 * flat(GRADS))
+
+
 def test_who_was_in_old_rounds_is_forgotten(api):
     session = make(api, workers=1)
     for step in range(1, 70):

@@ -1,5 +1,6 @@
 """The code of docs/distributed.md runs, by two trainers at once, and its recipes are taken."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def test_two_trainers(application, block):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(application, recipe):
-    options = eval(f"dict({recipe})")
+    call = ast.parse(f"dict({recipe})", mode="eval").body
+    options = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
     params = {"w": np.zeros(3, np.float32)}
     with gradpost.LocalSteps(application, params, every=1, **options) as local:
         for _ in range(3):

@@ -43,7 +43,11 @@ class Server(Api):
         return Server(copy, **self.changes)
 
     async def _quiet(self):
-        """Waits for snapshots in the background: files that vanish can't be copied."""
+        """Waits for snapshots in the background: files that vanish can't be copied.
+
+        A lane begins one when the answer that filled half of the log has gone out already.
+        """
+        await self.app.state.sessions.drain()
         for _, durable in self.app.state.sessions.durable():
             if durable._task is not None:
                 await asyncio.wait([durable._task])

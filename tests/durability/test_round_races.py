@@ -39,6 +39,20 @@ def test_a_patch_that_does_not_go_with_a_rounds_overrides(start, durability):
     assert contribute(server, "a", sequence=2).status == 202
 
 
+@pytest.mark.parametrize("durability", ["none", "log"])
+def test_a_patch_that_does_not_go_with_the_overrides_of_passes(start, durability):
+    server = start()
+    session = make(server, optimizer=NESTED, options={"durability": durability})
+    overrides = {"default": {"nesterov": True}}
+    assert contribute(server, "a", grads=None, weight=0, overrides=overrides).status == 202
+    patch = {"optimizer": {"dampening": 0.5}}
+    assert server.call("PATCH", "/v1/sessions/m", patch).status == 200
+    server.call("PUT", "/v1/sessions/m/workers/b")
+    assert server.call("DELETE", "/v1/sessions/m/workers/b").status == 204  # now nobody is missing
+    found = server.call("GET", "/v1/sessions/m/rounds/1").json
+    assert (found["status"], found["reason"], session.broken) == ("abandoned", "patch", None)
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_worker_that_leaves_while_its_push_becomes_durable(start, mode):
     server = start()

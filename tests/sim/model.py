@@ -370,10 +370,11 @@ class Model:
         factor, weight = 1.0 / (message.scale or 1.0), 0.0 if norm is None else message.weight
         rules = self.open.update if self.open else self.update
         bound = rules.max_norm
-        if norm is not None and bound is not None and norm > bound:
+        added = norm if norm is None or rules.reduce != "sum" else norm * weight
+        if added is not None and bound is not None and added > bound:
             if rules.on_max_norm == "refuse":
-                raise Refused("norm-exceeded", norm=norm, max_norm=bound)
-            factor *= bound / norm
+                raise Refused("norm-exceeded", norm=added, max_norm=bound)
+            factor *= bound / added
         self.touch(message.worker, now)
         if self.open is None:
             deadline = now + self.update.round_timeout_s
